@@ -1,0 +1,50 @@
+"""The exception tree. Every message says what, which value, and the next command.
+
+    SinterError
+    ├── UsageError            bad flag, field or value given by the user      (exit 2, HTTP 400)
+    │   └── PromptError       a prompt the model cannot take
+    ├── CheckpointError       a checkpoint that is missing, damaged or hostile (exit 2)
+    │   └── UnsupportedModelError   readable, but of a kind we do not compile
+    ├── CompileError          the compiler is missing or failed               (exit 2)
+    ├── BundleError           a bundle or cache entry that cannot be used     (exit 2)
+    ├── ResourceError         memory, disk or KV space that does not suffice  (exit 2)
+    └── RuntimeFault          the native library reported a fault             (exit 2, HTTP 500)
+"""
+
+from __future__ import annotations
+
+
+class SinterError(Exception):
+    """Root of everything SinterLM raises on purpose; the CLI prints it and exits with 2."""
+
+
+class UsageError(SinterError):
+    """A flag, field or value the user gave is wrong; the message names it."""
+
+
+class PromptError(UsageError):
+    """A prompt that is empty, too long, or holds a token id outside the vocabulary."""
+
+
+class CheckpointError(SinterError):
+    """A checkpoint is missing, truncated, inconsistent or hostile; the message names the file."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A checkpoint we can read but do not compile; the message lists what is supported."""
+
+
+class CompileError(SinterError):
+    """No usable compiler, or it failed; carries the compiler's own message, shortened."""
+
+
+class BundleError(SinterError):
+    """A bundle or cache entry is corrupt, unsafe to load, or built for another machine."""
+
+
+class ResourceError(SinterError):
+    """Memory, disk or KV space does not suffice; says how much is needed and how to get it."""
+
+
+class RuntimeFault(SinterError):
+    """The native library reported an error from a call; carries ``sl_last_error()``."""

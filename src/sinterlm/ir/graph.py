@@ -1,0 +1,84 @@
+"""The nouns of the compiler: what a decoder is (DecoderConfig), and a Graph of typed ops over it.
+
+A Graph is straight-line SSA: each op is a frozen dataclass (``ops.py``) that names the values it
+reads and writes and the checkpoint tensors it uses. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sinterlm.ir.ops import Op
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding, reduced to data: angle(p, i) = p * inv_freq[i] (computed in float64)."""
+
+    inv_freq: tuple[float, ...]  #: length head_dim / 2
+    attention_factor: float = 1.0  #: multiplies cos and sin (yarn's mscale)
+    kind: str = "default"  #: default | linear | dynamic | llama3 | yarn (for people, not for code)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One parametric decoder covers Llama, Qwen2, Qwen3 and Mistral. Set by the frontend."""
+
+    architecture: str  #: e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int  #: tokens
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False  #: Qwen3: RMSNorm over each head of q and k, before rope
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_windows: tuple[int, ...] = ()  #: per layer, tokens; 0 = full attention
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on q·k: head_dim ** -0.5."""
+        return float(self.head_dim) ** -0.5
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (GQA)."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between ops. ``shape`` may hold the symbols "T" (tokens in the step), "R" (rows
+    sampled); every other dimension is an int. dtype: "fp32" | "bf16" | "i32"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A checkpoint tensor by its Hugging Face name, shape [out, in] (or [n] for vectors)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Ops in execution order plus the tables of values and weights they name."""
+
+    config: DecoderConfig
+    dtype: str  #: dtype of GEMM operands and KV: "bf16" | "fp32"
+    ops: tuple[Op, ...]
+    values: dict[str, Value] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
