@@ -1,0 +1,128 @@
+// What the emitted forward pass hands to each kernel: plain structs of pointers, with shapes.
+//
+// E is the element type of GEMM operands and KV: bf16 (stored as uint16_t in sl::bf16) or float.
+// T tokens in the step, H hidden, F intermediate, D head size, Hq/Hkv heads, V vocabulary.
+// Widths of activations are padded: Hp, Fp, Qp (= round16(Hq * D)); padded lanes hold zeros.
+#pragma once
+#include <cstdint>
+
+#define SL_INLINE static inline __attribute__((always_inline))
+
+namespace sl {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// Tokens per K/V pair: bf16 dot products eat two k at a time.
+template <class E>
+constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
+
+// The step, as kernels see it.
+struct Batch {
+  int num_tokens;
+  int num_seqs;
+  const int32_t* token_ids;     // [T] resolved, all >= 0
+  const int32_t* positions;     // [T]
+  const int32_t* query_start;   // [num_seqs + 1]
+  const int32_t* context_lens;  // [num_seqs]
+  const int32_t* token_seq;     // [T] the sequence each token belongs to
+  const int32_t* page_table;    // [num_seqs][page_table_stride]
+  int page_table_stride;
+};
+
+// One layer's KV pages; strides in elements. A page of one head is
+// K [page_tokens/16][D/P][16][P] | V [page_tokens/P][D][P].
+template <class E>
+struct Pages {
+  E* base;
+  int64_t page_stride;
+  int64_t head_stride;
+  int page_tokens;
+};
+
+// The residual stream and the two by-products every producer of it writes for the next norm.
+template <class E>
+struct Stream {
+  float* x;    // [T][Hp]
+  E* xw;       // [T][Hp]      cast(x * norm_weight)
+  float* ssq;  // [T][Hp / 16] sum of squares of each 16 columns of x
+};
+
+template <class E>
+struct EmbedArgs {
+  const Batch* batch;
+  const E* table;            // rows [V][Hp], or panels when tied
+  bool table_is_panels;
+  const float* norm_weight;  // [Hp]
+  Stream<E> out;
+  int H, Hp;
+};
+
+template <class E>
+struct QkvArgs {
+  const Batch* batch;
+  const E* xw;         // [T][Hp]
+  const float* ssq;    // [T][Hp / 16]
+  const E* weight;     // panels; per kv head: G query heads, k, v; each head padded to 16 columns
+  const float* bias;   // vector in packed column order, or null
+  const float* q_norm; // [D] or null
+  const float* k_norm; // [D] or null
+  const float* cos;    // [max_model_len][D / 2]
+  const float* sin;    // [max_model_len][D / 2]
+  E* q;                // [T][Qp]
+  Pages<E> pages;
+  float eps, qk_eps;
+  int H, Hp, Hq, Hkv, Qp;
+};
+
+template <class E>
+struct AttentionArgs {
+  const Batch* batch;
+  const E* q;  // [T][Qp]
+  E* y;        // [T][Qp]
+  Pages<E> pages;
+  float scale;
+  int window;  // 0 = full
+  int Hq, Hkv, Qp;
+};
+
+// o_residual and down_residual: out.x = x + a @ W^T + bias.
+template <class E>
+struct ResidualArgs {
+  const Batch* batch;
+  const E* a;                // [T][K], K padded
+  const E* weight;           // panels [N/64][K/P][64][P]
+  const float* bias;         // [N] or null
+  const float* norm_weight;  // [Hp]
+  const float* x;            // [T][Hp], may equal out.x
+  Stream<E> out;
+  int K, Hp;
+};
+
+template <class E>
+struct GateUpArgs {
+  const Batch* batch;
+  const E* xw;        // [T][Hp]
+  const float* ssq;   // [T][Hp / 16]
+  const E* weight;    // panels, interleaved: 64 gate columns, 64 up columns, ...
+  const float* bias;  // in packed column order, or null
+  E* h;               // [T][Fp]
+  float eps;
+  int H, Hp, Fp;      // Fp a multiple of 64
+};
+
+template <class E>
+struct LmHeadArgs {
+  const E* xw;          // [T][Hp]
+  const float* ssq;     // [T][Hp / 16]
+  const int32_t* rows;  // [R] token index of each row
+  int num_rows;
+  const E* weight;      // panels [Vp/64]...
+  float* logits;        // [R][Vp]; columns >= V are not to be read
+  E* gathered;          // [R][Hp] scratch for the rows' operands
+  float eps;
+  int H, Hp, V, Vp;
+};
+
+}  // namespace sl

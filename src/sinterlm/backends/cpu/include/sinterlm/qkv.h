@@ -1,0 +1,116 @@
+// q, k, v from one GEMM, finished head by head while the sums are still in cache: scale by the
+// folded norm, bias, per-head norm, rope, then q to its buffer and k, v into the pages.
+#pragma once
+#include "sinterlm/matmul.h"
+
+namespace sl {
+
+// RMSNorm of one head in place: v[D] * rsqrt(mean(v^2) + eps) * weight[D].
+template <int D>
+inline void head_norm(float* v, const float* weight, float eps) {
+  Vec acc = zero();
+  for (int i = 0; i < D; i += kLanes) acc = fma(load(v + i), load(v + i), acc);
+  const Vec scale = set1(1.0f / __builtin_sqrtf(reduce_add(acc) / static_cast<float>(D) + eps));
+  for (int i = 0; i < D; i += kLanes)
+    store(v + i, mul(mul(load(v + i), scale), load(weight + i)));
+}
+
+// Rotates pairs (i, i + D/2) of one head in place; cos and sin are [D/2] for this position.
+template <int D>
+inline void rope(float* v, const float* cos, const float* sin) {
+  constexpr int half = D / 2;
+  float out[D];
+  for (int i = 0; i < half; ++i) {
+    out[i] = v[i] * cos[i] - v[i + half] * sin[i];
+    out[i + half] = v[i + half] * cos[i] + v[i] * sin[i];
+  }
+  std::memcpy(v, out, sizeof out);
+}
+
+// Where position `pos` of sequence `seq` lies: its page of this head, and the slot inside.
+template <class E>
+struct Slot {
+  E* page;
+  int index;
+};
+
+template <class E>
+inline Slot<E> find_slot(const Batch& b, const Pages<E>& p, int seq, int pos, int head) {
+  const int id = b.page_table[int64_t(seq) * b.page_table_stride + pos / p.page_tokens];
+  return {p.base + id * p.page_stride + head * p.head_stride, pos % p.page_tokens};
+}
+
+// K [page_tokens/16][D/P][16][P]
+template <class E, int D>
+inline void store_k(const Slot<E>& s, const float* k) {
+  constexpr int P = kPair<E>;
+  E* out = s.page + int64_t(s.index / kLanes) * D * kLanes + s.index % kLanes * P;
+  E narrow[D];
+  for (int i = 0; i < D; i += kLanes) store_elems(narrow + i, load(k + i));
+  for (int i = 0; i < D; i += P) std::memcpy(out + i * kLanes, narrow + i, P * sizeof(E));
+}
+
+// V [page_tokens/P][D][P]. Writing the even token of a pair clears the odd one, so that a masked
+// product is an exact zero, unless `next_too`: then another row of this step owns it.
+template <class E, int D>
+inline void store_v(const Slot<E>& s, const float* v, int page_tokens, bool next_too) {
+  constexpr int P = kPair<E>;
+  E* out = s.page + int64_t(page_tokens) * D + int64_t(s.index / P) * D * P + s.index % P;
+  E narrow[D];
+  for (int i = 0; i < D; i += kLanes) store_elems(narrow + i, load(v + i));
+  const bool clear = P == 2 && s.index % 2 == 0 && !next_too;
+  for (int i = 0; i < D; ++i) {
+    out[i * P] = narrow[i];
+    if (clear) out[i * P + P - 1] = E{};
+  }
+}
+
+// Packed head `index` is, for each kv head, its G query heads, then k, then v.
+template <class E, int D>
+void finish_head(const QkvArgs<E>& p, int index, int t, float* v, float rstd) {
+  const int G = p.Hq / p.Hkv, kv_head = index / (G + 2), part = index % (G + 2);
+  const Batch& b = *p.batch;
+  const float* bias = p.bias ? p.bias + index * D : nullptr;
+  for (int i = 0; i < D; i += kLanes) {
+    const Vec x = mul(load(v + i), set1(rstd));
+    store(v + i, bias ? add(x, load(bias + i)) : x);
+  }
+  const int pos = b.positions[t], seq = b.token_seq[t];
+  const bool is_v = part == G + 1, is_k = part == G;
+  if (!is_v) {
+    const float* norm = is_k ? p.k_norm : p.q_norm;
+    if (norm) head_norm<D>(v, norm, p.qk_eps);
+    rope<D>(v, p.cos + int64_t(pos) * (D / 2), p.sin + int64_t(pos) * (D / 2));
+  }
+  if (part < G) {
+    E* q = p.q + int64_t(t) * p.Qp + (kv_head * G + part) * D;
+    for (int i = 0; i < D; i += kLanes) store_elems(q + i, load(v + i));
+    return;
+  }
+  const Slot<E> slot = find_slot(b, p.pages, seq, pos, kv_head);
+  if (is_k) {
+    store_k<E, D>(slot, v);
+  } else {
+    store_v<E, D>(slot, v, p.pages.page_tokens, t + 1 < b.query_start[seq + 1]);
+  }
+}
+
+template <class E, int D>
+void norm_qkv_rope_kv(Worker& w, const QkvArgs<E>& p) {
+  static_assert(D % kLanes == 0, "head size must be a multiple of 16");
+  const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
+  const Cut cut(heads * D, rows, D, D, w.count);
+  float* c = static_cast<float*>(w.scratch);
+  w.for_each(cut.items(), [&](int item) {
+    const int head = item / cut.down;
+    const int first = item % cut.down * cut.height, last = std::min(rows, first + cut.height);
+    for (int r = first; r < last; r += kRowBlock) {
+      const int n = std::min(kRowBlock, last - r);
+      columns<E>(n, p.xw + int64_t(r) * p.Hp, p.Hp, p.weight, p.Hp, head * D, head * D + D, c, D);
+      for (int i = 0; i < n; ++i)
+        finish_head<E, D>(p, head, r + i, c + i * D, row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
+    }
+  });
+}
+
+}  // namespace sl
