@@ -7,6 +7,7 @@ where a kernel must not read, zero where the layout promises zeros.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,8 @@ class OpLib:
         extra_flags: tuple[str, ...] = (),
     ) -> None:
         self.isa = isa
-        path = folder / f"optest-{isa}-{len(defines or {})}{len(extra_flags)}.so"
+        flavour = hashlib.sha256(repr((defines, extra_flags)).encode()).hexdigest()[:8]
+        path = folder / f"optest-{isa}-{flavour}.so"
         if not path.exists():
             text = SOURCE.read_text()
             compile_library(text, path, isa, defines=defines, extra_flags=extra_flags)

@@ -60,6 +60,26 @@ def test_qkv(
         assert np.all(np.abs(got - want) <= tolerance * (np.abs(want) + near_zero))
 
 
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (17, 17), (33, 1), (6, 6), (9, 4)])
+def test_writing_an_even_token_clears_its_odd_neighbour(
+    ops: OpLib, length: int, queries: int
+) -> None:
+    """Pages start as NaN; after the step every pair of V that holds a token is free of it."""
+    step = PagedStep([queries], [length], 1, 16, 32, True)
+    for pos in range(length - queries):
+        step.store(0, pos, np.ones((1, 16)), np.ones((1, 16)))
+    xw, w = np.ones((queries, 16), "f4"), np.ones((48, 16), "f4")
+    cos, sin = rope_tables(16, 64)
+    ops.qkv(
+        step, xw, np.ones((queries, 1), "f4"), w, None, None, None, cos, sin, 1e-5, 0.0, 1,
+        threads=2,
+    )  # fmt: skip
+    for pos in range(length + length % 2):
+        v = step.load(0, pos)[1]
+        assert np.isfinite(v).all()
+        assert np.all(v == 0) == (pos == length)
+
+
 def fill(step: PagedStep, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
     """Random k, v for every cached position; returned per sequence as [len, Hkv, D]."""
     out = []

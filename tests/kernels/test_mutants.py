@@ -1,0 +1,90 @@
+"""Breaks each kernel on purpose, by one edit of its source, and requires the op tests to notice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sinterlm.artifact.isa import best_isa
+from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS
+from tests.kernels import test_attention as attention
+from tests.kernels import test_matmul as matmul
+from tests.kernels.oplib import OpLib
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one header, and the check that must fail on it."""
+
+    name: str
+    header: str
+    old: str
+    new: str
+    check: Callable[[OpLib], None]
+
+
+def _residual(ops: OpLib) -> None:
+    matmul.test_residual(ops, 13, 1100, 144, True)
+
+
+def _gate_up(ops: OpLib) -> None:
+    matmul.test_gate_up(ops, 5, 72, 100, True)
+
+
+def _qkv(ops: OpLib) -> None:
+    attention.test_qkv(ops, 7, 1, 64, True, 32, True)
+
+
+def _attention(case: int) -> Callable[[OpLib], None]:
+    return lambda ops: attention.test_attention(ops, attention.CASES[case], True)
+
+
+def _odd_slot(ops: OpLib) -> None:
+    attention.test_writing_an_even_token_clears_its_odd_neighbour(ops, 33, 1)
+
+
+def _lm_head(ops: OpLib) -> None:
+    matmul.test_lm_head_projects_the_asked_rows(ops, True)
+
+
+MUTANTS = [
+    Mutant("skipped K block", "matmul.h", "k < K; k += kDepthBlock",
+           "k < std::min(K, kDepthBlock); k += kDepthBlock", _residual),
+    Mutant("dropped bias", "matmul.h", "if (p.bias) v = add(v", "if (0) v = add(v", _residual),
+    Mutant("residual left out", "matmul.h", "v = add(v, load(p.x + row + n));", "", _residual),
+    Mutant("norm of the neighbour", "matmul.h", "rstd[r] = row_rstd(p.ssq, p.rows[r]",
+           "rstd[r] = row_rstd(p.ssq, r", _lm_head),
+    Mutant("gate and up swapped", "mlp.h", "mul(silu(g), u)", "mul(silu(u), g)", _gate_up),
+    Mutant("rope pair swapped", "qkv.h", "v[i] * cos[i] - v[i + half]",
+           "v[i + half] * cos[i] - v[i]", _qkv),
+    Mutant("k not normed", "qkv.h", "is_k ? p.k_norm : p.q_norm", "is_k ? nullptr : p.q_norm",
+           _qkv),
+    Mutant("odd V slot not cleared", "qkv.h", "P == 2 && s.index % 2 == 0 && !next_too", "false",
+           _odd_slot),
+    Mutant("causal mask off by one", "attention.h", "pos + 1, p.scale", "pos + 2, p.scale",
+           _attention(3)),
+    Mutant("window off by one", "attention.h", "pos - p.window + 1 : 0", "pos - p.window : 0",
+           _attention(4)),
+    Mutant("chunks merged without rescaling", "attention.h", "mul(load(s.out[r] + i), old)",
+           "load(s.out[r] + i)", _attention(1)),
+    Mutant("second K chain at M = 1", "matmul.h", "#pragma once",
+           "#pragma once\n#define SL_MUTATE_K_UNROLL 1",
+           lambda ops: matmul.test_rows_do_not_see_each_other_nor_the_workers(ops, True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_broken_kernel_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    headers = tmp_path / "mutated"
+    shutil.copytree(INCLUDE_DIRS[0], headers)
+    path = headers / "sinterlm" / mutant.header
+    source = path.read_text()
+    assert source.count(mutant.old) == 1, "the edit no longer fits the source: mend the mutant"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    ops = OpLib(best_isa(), tmp_path, extra_flags=("-iquote", str(headers), "-O1"))
+    with pytest.raises(AssertionError):
+        mutant.check(ops)

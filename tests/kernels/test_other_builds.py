@@ -1,0 +1,69 @@
+"""Kernels under the address and undefined-behaviour sanitizers, and on aarch64 through emulation."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sinterlm.artifact.isa import available_isas
+from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, find_compiler, flags_for
+from sinterlm.options import IsaName
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def build(command: list[str], isa: IsaName, out: Path, extra: tuple[str, ...] = ()) -> Path:
+    """selfcheck.cpp as a program of one ISA level."""
+    flags = [f for f in flags_for(isa) if f not in ("-shared", "-fPIC")]
+    includes = [f"-I{p}" for p in (*INCLUDE_DIRS, HERE)]
+    source = str(HERE / "selfcheck.cpp")
+    subprocess.run([*command, *flags, *includes, *extra, source, "-o", str(out)], check=True)
+    return out
+
+
+def run(command: list[str]) -> bytes:
+    done = subprocess.run(command, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(isa: IsaName, kind: str, tmp_path: Path) -> None:
+    compiler = list(find_compiler().command)
+    flags = (f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g", "-O1")
+    checked = build(compiler, isa, tmp_path / "checked", flags)
+    plain = build(compiler, isa, tmp_path / "plain")
+    setarch = [shutil.which("setarch") or "", "-R"] if kind == "thread" else []
+    if setarch and not setarch[0]:
+        pytest.skip("the thread sanitizer needs `setarch -R` (Debian package util-linux)")
+    assert run([*setarch, str(checked)]) == run([str(plain)])
+
+
+def test_aarch64_gives_the_same_bytes_as_x86(tmp_path: Path) -> None:
+    cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not cross or not emulator:
+        pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
+    here = build(list(find_compiler().command), "generic", tmp_path / "here")
+    there = build([cross], "generic", tmp_path / "there", ("-static",))
+    output = run([str(here)])
+    assert len(output) > 100_000
+    assert run([emulator, str(there)]) == output
+
+
+def test_no_kernel_spills_its_sums(tmp_path: Path) -> None:
+    """The register tile of the widest level holds its 24 sums: no vector goes to the stack."""
+    if available_isas()[0] != "avx512bf16" or not shutil.which("objdump"):
+        pytest.skip("needs an AVX512_BF16 machine and objdump (Debian package binutils)")
+    program = build(list(find_compiler().command), "avx512bf16", tmp_path / "plain")
+    text = run(["objdump", "-d", "--no-show-raw-insn", str(program)]).decode()
+    bodies = [b for b in text.split("\n\n") if "tile" in b.split("\n", 1)[0]]
+    hot = [b for b in bodies if b.count("vdpbf16ps") == 24]
+    assert hot, "no 6 x 4 tile in the program"
+    for body in hot:
+        vector_stack = [ln for ln in body.splitlines() if "zmm" in ln and "rsp" in ln]
+        assert not vector_stack, vector_stack
