@@ -112,21 +112,38 @@ inline void columns(int rows, const E* a, int64_t lda, const E* weight, int K, i
   }
 }
 
-// How one GEMM is cut into items: `width` columns by `height` rows, row blocks innermost. Narrower
-// than a panel only when there are too few panels to keep the workers even.
-struct Cut {
-  int width, height, across, down;
-  Cut(int cols, int rows, int unit, int smallest, int workers) {
-    width = unit;
-    while (width > smallest && (cols + width - 1) / width < 8 * workers) width /= 2;
-    width = std::max(width, smallest);
-    across = (cols + width - 1) / width;
-    height = rows;
-    while (across * ((rows + height - 1) / height) < 4 * workers && height > kRowBlock / 2)
-      height = (height + 1) / 2;
-    down = (rows + height - 1) / height;
+// Columns and rows of one item.
+struct Block {
+  int c0, c1, r0, r1;
+};
+
+// How one GEMM is cut into items: whole units of columns (a panel, a head) as long as every worker
+// gets one, then what is left over in slices of `slice` columns, so that the last round is even
+// too. Whole panels stream from memory at full speed; slices do not. Row blocks are innermost.
+class Cut {
+ public:
+  Cut(int cols, int rows, int unit, int slice, int workers)
+      : cols_(cols), rows_(rows), unit_(unit), slice_(slice) {
+    const int units = (cols + unit - 1) / unit;
+    whole_ = unit == slice ? units : units / workers * workers;
+    if (whole_ * unit > cols) --whole_;  // a last unit that is not whole is cut
+    across_ = whole_ + (cols - whole_ * unit + slice - 1) / slice;
+    height_ = rows;
+    while (across_ * ((rows + height_ - 1) / height_) < 4 * workers && height_ > kRowBlock / 2)
+      height_ = (height_ + 1) / 2;
+    down_ = (rows + height_ - 1) / height_;
   }
-  int items() const { return across * down; }
+  int items() const { return across_ * down_; }
+  Block operator[](int item) const {
+    const int across = item / down_, r0 = item % down_ * height_;
+    const int r1 = std::min(rows_, r0 + height_);
+    if (across < whole_) return {across * unit_, (across + 1) * unit_, r0, r1};
+    const int c0 = whole_ * unit_ + (across - whole_) * slice_;
+    return {c0, std::min(cols_, c0 + slice_), r0, r1};
+  }
+
+ private:
+  int cols_, rows_, unit_, slice_, whole_, across_, height_, down_;
 };
 
 // 1 / sqrt(mean(x^2) + eps) of row t from the sums its producer left, in one order.
@@ -141,20 +158,19 @@ inline float row_rstd(const float* ssq, int t, int Hp, int H, float eps) {
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(H) + eps);
 }
 
-// Runs fn(row, c) for each row of the items this worker claims; c = that row's sums of columns
-// [c0, c1), alive until fn returns. prepare(cut item) happens per row block.
+// Runs fn(row, c0, c1, c) for each row of the items this worker claims; c holds that row's sums of
+// columns [c0, c1) until fn returns.
 template <class E, class Fn>
 inline void matmul(Worker& w, const E* a, int64_t lda, int rows, const E* weight, int K, int N,
                    Fn&& fn) {
   const Cut cut(N, rows, kPanelCols, kLanes, w.count);
   float* c = static_cast<float*>(w.scratch);
   w.for_each(cut.items(), [&](int item) {
-    const int c0 = item / cut.down * cut.width, c1 = std::min(N, c0 + cut.width);
-    const int first = item % cut.down * cut.height, last = std::min(rows, first + cut.height);
-    for (int r = first; r < last; r += kRowBlock) {
-      const int n = std::min(kRowBlock, last - r);
-      columns<E>(n, a + r * lda, lda, weight, K, c0, c1, c, kPanelCols);
-      for (int i = 0; i < n; ++i) fn(r + i, c0, c1, c + i * kPanelCols);
+    const Block b = cut[item];
+    for (int r = b.r0; r < b.r1; r += kRowBlock) {
+      const int n = std::min(kRowBlock, b.r1 - r);
+      columns<E>(n, a + r * lda, lda, weight, K, b.c0, b.c1, c, kPanelCols);
+      for (int i = 0; i < n; ++i) fn(r + i, b.c0, b.c1, c + i * kPanelCols);
     }
   });
 }

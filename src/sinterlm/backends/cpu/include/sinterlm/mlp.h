@@ -13,12 +13,11 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<E>& p) {
   float* up = gate + kRowBlock * kPanelCols;
   float* rstd = up + kRowBlock * kPanelCols;
   w.for_each(cut.items(), [&](int item) {
-    const int c0 = item / cut.down * cut.width, c1 = c0 + cut.width;
-    const int first = item % cut.down * cut.height, last = std::min(rows, first + cut.height);
+    const auto [c0, c1, r0, r1] = cut[item];
     const int g0 = c0 / kPanelCols * 2 * kPanelCols + c0 % kPanelCols;  // packed gate column
     const int u0 = g0 + kPanelCols;
-    for (int r = first; r < last; r += kRowBlock) {
-      const int n = std::min(kRowBlock, last - r);
+    for (int r = r0; r < r1; r += kRowBlock) {
+      const int n = std::min(kRowBlock, r1 - r);
       const E* a = p.xw + int64_t(r) * p.Hp;
       columns<E>(n, a, p.Hp, p.weight, p.Hp, g0, g0 + c1 - c0, gate, kPanelCols);
       columns<E>(n, a, p.Hp, p.weight, p.Hp, u0, u0 + c1 - c0, up, kPanelCols);

@@ -102,13 +102,12 @@ void norm_qkv_rope_kv(Worker& w, const QkvArgs<E>& p) {
   const Cut cut(heads * D, rows, D, D, w.count);
   float* c = static_cast<float*>(w.scratch);
   w.for_each(cut.items(), [&](int item) {
-    const int head = item / cut.down;
-    const int first = item % cut.down * cut.height, last = std::min(rows, first + cut.height);
-    for (int r = first; r < last; r += kRowBlock) {
-      const int n = std::min(kRowBlock, last - r);
-      columns<E>(n, p.xw + int64_t(r) * p.Hp, p.Hp, p.weight, p.Hp, head * D, head * D + D, c, D);
+    const auto [c0, c1, r0, r1] = cut[item];
+    for (int r = r0; r < r1; r += kRowBlock) {
+      const int n = std::min(kRowBlock, r1 - r);
+      columns<E>(n, p.xw + int64_t(r) * p.Hp, p.Hp, p.weight, p.Hp, c0, c1, c, D);
       for (int i = 0; i < n; ++i)
-        finish_head<E, D>(p, head, r + i, c + i * D, row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
+        finish_head<E, D>(p, c0 / D, r + i, c + i * D, row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
     }
   });
 }
