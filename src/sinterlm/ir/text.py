@@ -1,0 +1,40 @@
+"""A graph as text: one op per line, values with shapes, for people and for ``diff``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from sinterlm.ir.graph import Graph
+from sinterlm.ir.ops import Op
+
+
+def graph_text(graph: Graph) -> str:
+    """The whole graph, weights after the ops."""
+    config = graph.config
+    lines = [f"graph {config.architecture} {graph.dtype}"]
+    lines += [op_text(op, graph) for op in graph.ops]
+    lines.append("weights")
+    lines += [f"  {w.name} {list(w.shape)}" for w in graph.weights.values()]
+    return "\n".join(lines) + "\n"
+
+
+def op_text(op: Op, graph: Graph) -> str:
+    """``writes = kind(reads; weights; numbers)``."""
+    named = {*op._reads, *op._writes, *op._weights}
+    numbers = [
+        f"{f.name}={getattr(op, f.name)}" for f in fields(op) if f.name not in named
+    ]
+    writes = ", ".join(_value(name, graph) for name in op.writes)
+    inside = "; ".join(
+        part
+        for part in (", ".join(op.reads), ", ".join(op.weights), ", ".join(numbers))
+        if part
+    )
+    return f"  {writes} = {op.kind}({inside})"
+
+
+def _value(name: str, graph: Graph) -> str:
+    value = graph.values.get(name)
+    if value is None:
+        return f"%{name}"
+    return f"%{name}: {value.dtype}[{', '.join(map(str, value.shape))}]"
