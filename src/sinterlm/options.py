@@ -42,6 +42,7 @@ class CompileOptions:
     revision: str | None = None  #: Hub revision
     cache_dir: Path | None = None  #: None = $SINTERLM_CACHE_DIR or ~/.cache/sinterlm
     dump_dir: Path | None = None  #: write the graph after each pass and the generated source here
+    code_only: bool = False  #: no weights: a library and its manifest, from a config alone
     bundle_sha256: str | None = None  #: refuse any bundle whose manifest has another digest
 
 

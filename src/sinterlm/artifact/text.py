@@ -1,5 +1,5 @@
 """text.json: everything about text that travels with a model. Written by the frontend (from
-``tokenizer.json`` & co. or from a GGUF header), read by ``engine.tokenizer``. Standard library only.
+``tokenizer.json`` & co. or a GGUF header), read by ``engine.tokenizer``. Standard library only.
 """
 
 from __future__ import annotations

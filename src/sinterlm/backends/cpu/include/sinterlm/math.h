@@ -73,8 +73,6 @@ SL_INLINE F log(F x) {
   return (f + y) + n * 0.693359375f;
 }
 
-}  // namespace vm
-
 // log(x) in double for normal x > 0: 2 atanh((m - 1) / (m + 1)) + e ln 2, to about 1e-16.
 inline double log_double(double x) {
   uint64_t bits;
@@ -91,21 +89,20 @@ inline double log_double(double x) {
 
 // exp of one number by the vector routine, so that both agree.
 inline float exp_one(float x) {
-  float lanes[vm::W];
-  vm::store(lanes, vm::exp(vm::all(x)));
+  float lanes[W];
+  store(lanes, exp(all(x)));
   return lanes[0];
 }
 
 // y[i] = exp(x[i] - shift) for i < n.
 inline void exp_shifted(const float* x, int n, float shift, float* y) {
   int i = 0;
-  for (; i + vm::W <= n; i += vm::W) vm::store(y + i, vm::exp(vm::load(x + i) - shift));
+  for (; i + W <= n; i += W) store(y + i, exp(load(x + i) - shift));
   for (; i < n; ++i) y[i] = exp_one(x[i] - shift);
 }
 
 // Sum of exp(x[i] - shift) over i < n, n <= 4096: 16 lanes of two-level sums.
 inline double sum_exp(const float* x, int n, float shift) {
-  using namespace vm;
   F total[kRegs] = {};
   for (int i = 0; i < n;) {
     F part[kRegs] = {};
@@ -129,7 +126,6 @@ inline double sum_exp(const float* x, int n, float shift) {
 
 // Largest of x[0..n) (n >= 1), and whether every one is finite. A NaN is never the largest.
 inline float max_finite(const float* x, int n, bool* finite) {
-  using namespace vm;
   F top = all(-INFINITY);
   I good = ~I{};
   int i = 0;
@@ -166,7 +162,6 @@ inline int find_first(const float* x, int n, float value) {
 
 // How many of x[0..n) are greater than value.
 inline int count_greater(const float* x, int n, float value) {
-  using namespace vm;
   I count{};
   int i = 0;
   for (; i + W <= n; i += W) count -= (I)(load(x + i) > value);
@@ -175,6 +170,16 @@ inline int count_greater(const float* x, int n, float value) {
   for (; i < n; ++i) total += x[i] > value;
   return total;
 }
+
+}  // namespace vm
+
+using vm::count_greater;
+using vm::exp_one;
+using vm::exp_shifted;
+using vm::find_first;
+using vm::log_double;
+using vm::max_finite;
+using vm::sum_exp;
 
 // The finaliser of splitmix64.
 SL_INLINE uint64_t mix64(uint64_t x) {

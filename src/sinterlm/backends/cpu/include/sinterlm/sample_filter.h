@@ -136,23 +136,27 @@ inline int filter_all(const sl_sampling& s, int V, float top, RowScratch& row) {
         if (e[i] > 0 && e[i] >= s.min_p) fn(first + i, bucket_of(row.z[first + i]), e[i]);
     }
   };
+  int sure = 0;  // picks that are kept for certain
+  if (s.top_p >= 1.0f) {
+    visit([&](int id, int, float) { row.picks[sure++] = {row.z[id], id}; });
+    return sure;
+  }
   visit([&](int, int bucket, float mass) { row.mass[bucket] += mass; });
   double total = 0, below = 0;
   for (int i = 0; i < kMassBuckets; ++i) total += row.mass[i];
-  const double wanted = s.top_p < 1.0f ? double{s.top_p} * total : total * 2;
+  const double wanted = double{s.top_p} * total;
   int edge = 0;  // the bucket in which the mass is reached
-  while (edge < kMassBuckets && below + row.mass[edge] < wanted) below += row.mass[edge++];
-  int sure = 0;
+  while (edge < kMassBuckets - 1 && below + row.mass[edge] < wanted) below += row.mass[edge++];
+  int unsure = V;  // picks of that bucket, from the back
   visit([&](int id, int bucket, float) {
     if (bucket < edge) row.picks[sure++] = {row.z[id], id};
+    if (bucket == edge) row.picks[--unsure] = {row.z[id], id};
   });
-  if (edge == kMassBuckets) return sure;
-  int n = sure;
-  visit([&](int id, int bucket, float) {
-    if (bucket == edge) row.picks[n++] = {row.z[id], id};
-  });
-  std::sort(row.picks + sure, row.picks + n, better);
-  return sure + prefix_of_mass(row.picks + sure, n - sure, top, wanted, &below);
+  Candidate* last = row.picks + unsure;
+  std::sort(last, row.picks + V, better);
+  const int n = prefix_of_mass(last, V - unsure, top, wanted, &below);
+  std::copy(last, last + n, row.picks + sure);
+  return sure + n;
 }
 
 }  // namespace sl

@@ -79,8 +79,10 @@ class PinnedCaller {
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(cpu, &one);
-    moved_ = !CPU_EQUAL(&one, &saved_) && sched_setaffinity(0, sizeof one, &one) == 0;
+    stays_ = CPU_EQUAL(&one, &saved_);
+    moved_ = !stays_ && sched_setaffinity(0, sizeof one, &one) == 0;
   }
+  bool on_cpu() const { return stays_ || moved_; }
   ~PinnedCaller() {
     if (moved_) sched_setaffinity(0, sizeof saved_, &saved_);
   }
@@ -89,7 +91,7 @@ class PinnedCaller {
 
  private:
   cpu_set_t saved_;
-  bool moved_ = false;
+  bool stays_ = false, moved_ = false;
 };
 
 // A number that only grows, and threads waiting for it to change.
@@ -195,6 +197,7 @@ class Pool {
         pid_(getpid()) {
     team_.spin_ns = spin_time(threads);
     ok_ = static_cast<bool>(scratch_);
+    if (cpu_ids_[0] >= 0 && !PinnedCaller(cpu_ids_[0]).on_cpu()) refuse(cpu_ids_[0]);
     for (int i = 0; i < threads; ++i) seats_[i] = {this, i};
     threads_.reserve(threads);
     for (int i = 1; ok_ && i < threads; ++i) ok_ = start(seats_[i]);
@@ -205,6 +208,7 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   bool ok() const { return ok_; }
+  int refused_cpu() const { return refused_cpu_; }  // the CPU nobody may be pinned to, or -1
   int count() const { return team_.count; }
 
   // f(worker) on every worker, this thread as worker 0; false after a fork(), nothing run. f must
@@ -258,13 +262,18 @@ class Pool {
     char name[16];
     snprintf(name, sizeof name, "sl-worker-%d", seat.id);
     pthread_setname_np(thread, name);
-    if (const int cpu = cpu_ids_[seat.id]; cpu >= 0 && cpu < CPU_SETSIZE) {
-      cpu_set_t one;
-      CPU_ZERO(&one);
-      CPU_SET(cpu, &one);
-      pthread_setaffinity_np(thread, sizeof one, &one);
-    }
-    return true;
+    const int cpu = cpu_ids_[seat.id];
+    if (cpu < 0) return true;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    if (cpu < CPU_SETSIZE) CPU_SET(cpu, &one);
+    if (pthread_setaffinity_np(thread, sizeof one, &one) != 0) refuse(cpu);
+    return ok_;
+  }
+
+  void refuse(int cpu) {
+    refused_cpu_ = cpu;
+    ok_ = false;
   }
 
   void stop() {
@@ -300,6 +309,7 @@ class Pool {
   std::vector<Seat> seats_;
   std::vector<pthread_t> threads_;
   pid_t pid_;
+  int refused_cpu_ = -1;
   bool ok_ = false;
 };
 

@@ -1,0 +1,237 @@
+// sl_open and sl_close: arguments checked, weights brought into memory, rope table and arenas made.
+#pragma once
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <cmath>
+#include <list>
+#include <memory>
+#include <string>
+
+#include "sinterlm/cpu_check.h"
+#include "sinterlm/error.h"
+#include "sinterlm/sample.h"
+#include "sinterlm/spec.h"
+
+namespace sl {
+
+// Pages from sl_kv_alloc; given back by sl_kv_free or with the model.
+struct KvBlock {
+  Arena arena;
+  std::vector<void*> bases;  // [num_layers]
+};
+
+struct Model {
+  const ModelSpec* spec = nullptr;
+  sl_open_args args{};  // pointers in here are not to be followed after sl_open
+  std::unique_ptr<Pool> pool;
+  Arena weights_arena, rope_arena, token_arena, row_arena;
+  const char* weights = nullptr;
+  std::vector<int32_t> windows;  // [num_layers]
+  std::list<KvBlock> kv_blocks;
+  std::vector<OpCounter> counters;  // [num_ops]
+  Sampler sampler;
+
+  // The step's arrays, sized by max_*: a step allocates nothing.
+  std::vector<int32_t> token_ids;     // [max_tokens] resolved
+  std::vector<int32_t> token_seq;     // [max_tokens]
+  std::vector<int32_t> identity;      // [max_sample_rows] 0, 1, 2, ...
+  std::vector<sl_sampling> sampling;  // [max_sample_rows]
+  std::vector<int32_t> slots;         // [num_slots] last sampled token, -1 = none yet
+
+  const float* cos() const { return static_cast<const float*>(rope_arena.data()); }
+  const float* sin() const { return cos() + int64_t(args.max_model_len) * (spec->D / 2); }
+};
+
+inline sl_status check_open(const ModelSpec& spec, const sl_open_args& a) {
+  if (a.abi_version != SL_ABI_VERSION)
+    return fail(SL_MISMATCH, "the caller speaks ABI version %u and the library %u", a.abi_version,
+                SL_ABI_VERSION);
+  if (const char* missing = missing_feature())
+    return fail(SL_MISMATCH, "the library is built for %s and this CPU lacks %s", SL_ISA_NAME,
+                missing);
+  if (a.layout_hash != spec.layout_hash)
+    return fail(SL_MISMATCH, "layout_hash is %016llx and the library was compiled for %016llx",
+                (unsigned long long)a.layout_hash, (unsigned long long)spec.layout_hash);
+  if (a.weights_bytes != static_cast<uint64_t>(spec.weights_bytes))
+    return fail(SL_MISMATCH, "weights_bytes is %llu and the library was compiled for %lld",
+                (unsigned long long)a.weights_bytes, (long long)spec.weights_bytes);
+  const struct {
+    const char* name;
+    int32_t value, low, high;
+  } ranges[] = {
+      {"num_threads", a.num_threads, 1, 1024},
+      {"max_tokens", a.max_tokens, 1, 1 << 20},
+      {"max_seqs", a.max_seqs, 1, a.max_tokens},
+      {"max_sample_rows", a.max_sample_rows, 1, a.max_tokens},
+      {"max_model_len", a.max_model_len, 1, 1 << 24},
+      {"num_inv_freq", a.num_inv_freq, spec.D / 2, spec.D / 2},
+      {"num_windows", a.num_windows, spec.num_layers, spec.num_layers},
+      {"num_slots", a.num_slots, 0, 1 << 24},
+  };
+  for (const auto& r : ranges)
+    if (r.value < r.low || r.value > r.high)
+      return fail(SL_INVALID, "%s is %d and must be in [%d, %d]", r.name, r.value, r.low, r.high);
+  const struct {
+    const char* name;
+    float value;
+    bool ok;
+  } numbers[] = {
+      {"rms_eps", a.rms_eps, a.rms_eps >= 0},
+      {"qk_eps", a.qk_eps, a.qk_eps >= 0},
+      {"attention_scale", a.attention_scale, true},
+      {"rope_attention_factor", a.rope_attention_factor, true},
+  };
+  for (const auto& n : numbers)
+    if (!n.ok || !std::isfinite(n.value))
+      return fail(SL_INVALID, "%s is %g", n.name, double{n.value});
+  if (a.flags & ~SL_OPEN_HUGE_PAGES) return fail(SL_INVALID, "flags is %u", a.flags);
+  if (!a.inv_freq) return fail(SL_INVALID, "inv_freq is null");
+  for (int i = 0; i < a.num_inv_freq; ++i)
+    if (!std::isfinite(a.inv_freq[i]))
+      return fail(SL_INVALID, "inv_freq[%d] is %g", i, a.inv_freq[i]);
+  if (!a.windows) return fail(SL_INVALID, "windows is null");
+  for (int i = 0; i < a.num_windows; ++i)
+    if (a.windows[i] < 0) return fail(SL_INVALID, "windows[%d] is %d", i, a.windows[i]);
+  if (!a.weights_path == !a.weights_base)
+    return fail(SL_INVALID, "give one of weights_path and weights_base");
+  if (reinterpret_cast<uintptr_t>(a.weights_base) % 64 != 0)
+    return fail(SL_INVALID, "weights_base is not aligned to 64 bytes");
+  return SL_OK;
+}
+
+// A file descriptor, closed at the end.
+struct File {
+  int fd;
+  ~File() {
+    if (fd >= 0) close(fd);
+  }
+};
+
+// Fills `to` from the file, all workers reading. Returns 0, or an errno; EIO where the file ends.
+inline int read_parallel(Pool& pool, int fd, char* to, int64_t bytes) {
+  constexpr int64_t kPiece = int64_t{8} << 20;
+  std::atomic<int> error{0};
+  pool.run([&](Worker& w) {
+    w.for_each(static_cast<int>((bytes + kPiece - 1) / kPiece), [&](int piece) {
+      int64_t at = piece * kPiece;
+      const int64_t end = std::min(bytes, at + kPiece);
+      while (at < end && error.load(std::memory_order_relaxed) == 0) {
+        const ssize_t n = pread(fd, to + at, end - at, at);
+        if (n > 0) {
+          at += n;
+        } else if (n == 0 || errno != EINTR) {
+          error.store(n == 0 ? EIO : errno, std::memory_order_relaxed);
+        }
+      }
+    });
+  });
+  return error.load();
+}
+
+inline sl_status load_weights(Model& m, const sl_open_args& a) {
+  const int64_t bytes = m.spec->weights_bytes;
+  if (a.weights_base) {
+    m.weights = static_cast<const char*>(a.weights_base);
+    return SL_OK;
+  }
+  const File file{open(a.weights_path, O_RDONLY | O_CLOEXEC)};
+  struct stat info;
+  if (file.fd < 0 || fstat(file.fd, &info) != 0)
+    return fail(SL_IO, "cannot open weights %s: %s", a.weights_path, strerror(errno));
+  if (info.st_size != bytes)
+    return fail(SL_IO, "weights %s hold %lld bytes and must hold %lld", a.weights_path,
+                (long long)info.st_size, (long long)bytes);
+  const bool copy = a.flags & SL_OPEN_HUGE_PAGES;
+  m.weights_arena = copy ? Arena::zeroed(bytes) : Arena::file(file.fd, bytes);
+  if (!m.weights_arena)
+    return fail(SL_NO_MEMORY, "no memory for %lld bytes of weights", (long long)bytes);
+  m.weights = static_cast<const char*>(m.weights_arena.data());
+  if (!copy) {
+    madvise(m.weights_arena.data(), bytes, MADV_WILLNEED);  // a wish
+    return SL_OK;
+  }
+  const int error =
+      read_parallel(*m.pool, file.fd, static_cast<char*>(m.weights_arena.data()), bytes);
+  if (error != 0) return fail(SL_IO, "cannot read weights %s: %s", a.weights_path, strerror(error));
+  return SL_OK;
+}
+
+// cos and sin of position * inv_freq, times the attention factor. Within 256 positions the angles
+// are added by the addition theorem, in double, which spares a libm call per entry.
+inline void fill_rope(Model& m, const sl_open_args& a) {
+  constexpr int kSpan = 256;
+  const int half = m.spec->D / 2, len = a.max_model_len;
+  float* cos_table = static_cast<float*>(m.rope_arena.data());
+  float* sin_table = cos_table + int64_t(len) * half;
+  std::vector<double> near_cos(kSpan * half), near_sin(kSpan * half);
+  m.pool->run([&](Worker& w) {
+    w.for_each_static(kSpan, [&](int p) {
+      for (int i = 0; i < half; ++i) {
+        near_cos[p * half + i] = std::cos(p * a.inv_freq[i]);
+        near_sin[p * half + i] = std::sin(p * a.inv_freq[i]);
+      }
+    });
+    w.barrier();
+    w.for_each((len + kSpan - 1) / kSpan, [&](int span) {
+      const int first = span * kSpan, last = std::min(len, first + kSpan);
+      for (int i = 0; i < half; ++i) {
+        const double c0 = std::cos(first * a.inv_freq[i]), s0 = std::sin(first * a.inv_freq[i]);
+        for (int p = first; p < last; ++p) {
+          const double c = near_cos[(p - first) * half + i], s = near_sin[(p - first) * half + i];
+          const int64_t at = int64_t(p) * half + i;
+          cos_table[at] = static_cast<float>((c0 * c - s0 * s) * a.rope_attention_factor);
+          sin_table[at] = static_cast<float>((s0 * c + c0 * s) * a.rope_attention_factor);
+        }
+      }
+    });
+  });
+}
+
+inline sl_status make_buffers(Model& m, const sl_open_args& a) {
+  const ModelSpec& spec = *m.spec;
+  const size_t rope = size_t(2) * a.max_model_len * (spec.D / 2) * sizeof(float);
+  const size_t tokens = spec.bytes_per_token * a.max_tokens;
+  const size_t rows = spec.bytes_per_row * a.max_sample_rows;
+  m.rope_arena = Arena::zeroed(rope);
+  m.token_arena = Arena::zeroed(tokens);
+  m.row_arena = Arena::zeroed(rows);
+  if (!m.rope_arena || !m.token_arena || !m.row_arena ||
+      !m.sampler.reserve(a.num_threads, spec.V, a.max_sample_rows))
+    return fail(SL_NO_MEMORY, "no memory for %zu bytes of activations", rope + tokens + rows);
+  m.windows.assign(a.windows, a.windows + a.num_windows);
+  m.counters.resize(spec.num_ops);
+  m.token_ids.resize(a.max_tokens);
+  m.token_seq.resize(a.max_tokens);
+  m.sampling.resize(a.max_sample_rows);
+  m.identity.resize(a.max_sample_rows);
+  for (int i = 0; i < a.max_sample_rows; ++i) m.identity[i] = i;
+  m.slots.assign(a.num_slots, -1);
+  return SL_OK;
+}
+
+inline sl_status make_pool(Model& m, const sl_open_args& a) {
+  m.pool = std::make_unique<Pool>(a.num_threads, a.cpu_ids);
+  if (m.pool->ok()) return SL_OK;
+  if (m.pool->refused_cpu() >= 0)
+    return fail(SL_INVALID, "cpu_ids names CPU %d, where this process may not run",
+                m.pool->refused_cpu());
+  return fail(SL_NO_MEMORY, "cannot start %d worker threads", a.num_threads);
+}
+
+inline sl_status open_model(const ModelSpec& spec, const sl_open_args& a,
+                            std::unique_ptr<Model>* out) {
+  SL_TRY(check_open(spec, a));
+  auto m = std::make_unique<Model>();
+  m->spec = &spec;
+  m->args = a;
+  SL_TRY(make_pool(*m, a));
+  SL_TRY(make_buffers(*m, a));
+  SL_TRY(load_weights(*m, a));
+  fill_rope(*m, a);
+  *out = std::move(m);
+  return SL_OK;
+}
+
+}  // namespace sl

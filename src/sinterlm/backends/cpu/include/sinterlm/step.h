@@ -1,0 +1,168 @@
+// sl_step and sl_head: one parallel region from token ids to tokens.
+#pragma once
+#include "sinterlm/matmul.h"
+#include "sinterlm/step_check.h"
+
+namespace sl {
+
+// The last tokens that slots stand for, and the sequence of each token.
+inline void resolve_tokens(Model& m, const sl_step_args& a) {
+  for (int s = 0; s < a.num_seqs; ++s) {
+    for (int t = a.query_start[s]; t < a.query_start[s + 1]; ++t) {
+      m.token_ids[t] = a.token_ids[t] == -1 ? m.slots[a.slots[s]] : a.token_ids[t];
+      m.token_seq[t] = s;
+    }
+  }
+}
+
+template <class E>
+Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
+  Run<E> run{};
+  run.batch = batch;
+  run.weights = m.weights;
+  run.token_arena = static_cast<char*>(m.token_arena.data());
+  run.row_arena = static_cast<char*>(m.row_arena.data());
+  run.max_tokens = m.args.max_tokens;
+  run.max_rows = m.args.max_sample_rows;
+  if (kv) {
+    run.kv_base = kv->kv_base;
+    run.page_stride = kv->page_stride;
+    run.head_stride = kv->head_stride;
+    run.page_tokens = kv->page_tokens;
+  }
+  run.cos = m.cos();
+  run.sin = m.sin();
+  run.windows = m.windows.data();
+  run.eps = m.args.rms_eps;
+  run.qk_eps = m.args.qk_eps;
+  run.scale = m.args.attention_scale;
+  run.head_eps = run.eps;
+  run.counters = m.counters.data();
+  run.clock = clock;
+  return run;
+}
+
+// Final-normed hidden states x * rstd * weight of every token, fp32.
+template <class E>
+void copy_hidden(Worker& w, const ModelSpec& spec, const Run<E>& run, float* out) {
+  const Stream<E> s = run.stream(spec.final_x, spec.final_xw, spec.final_ssq);
+  const float* weight = run.template weight<float>(spec.final_norm);
+  w.for_each_static(run.batch->num_tokens, [&](int t) {
+    const float rstd = row_rstd(s.ssq, t, spec.Hp, spec.H, run.eps);
+    const float* x = s.x + int64_t(t) * spec.Hp;
+    for (int i = 0; i < spec.H; ++i) out[int64_t(t) * spec.H + i] = x[i] * rstd * weight[i];
+  });
+}
+
+// The real columns of each row of logits.
+template <class E>
+void copy_logits(Worker& w, const ModelSpec& spec, const Run<E>& run, float* out) {
+  const float* logits = run.template row_buffer<float>(spec.logits);
+  w.for_each_static(run.num_rows, [&](int r) {
+    std::memcpy(out + int64_t(r) * spec.V, logits + int64_t(r) * spec.Vp, sizeof(float) * spec.V);
+  });
+}
+
+inline SampleJob sample_job(Model& m, const sl_step_args& a) {
+  const ModelSpec& spec = *m.spec;
+  const char* rows = static_cast<const char*>(m.row_arena.data());
+  return {m.sampling.data(),
+          a.num_sample_rows,
+          reinterpret_cast<const float*>(rows + spec.logits * m.args.max_sample_rows),
+          spec.Vp,
+          spec.V,
+          a.max_logprobs,
+          a.out_tokens,
+          a.out_logprobs,
+          a.out_ranks,
+          a.out_top_ids,
+          a.out_top_logprobs};
+}
+
+// After the workers: rows that have no token, or the slots of those that have.
+inline sl_status finish_sampling(Model& m, const sl_step_args& a) {
+  if (const int r = m.sampler.first_not_finite(); r >= 0)
+    return fail(
+        SL_INTERNAL,
+        "the logits of sample_rows[%d] (token %d) hold NaN or infinity: weights are damaged "
+        "or overflow in this dtype",
+        r, a.sample_rows[r]);
+  if (const int r = m.sampler.first_without_token(); r >= 0)
+    return fail(SL_INVALID, "sampling[%d] allows no token: bias and allowed mask exclude all", r);
+  if (!a.slots) return SL_OK;
+  for (int r = 0; r < a.num_sample_rows; ++r)
+    if (const int slot = a.slots[m.token_seq[a.sample_rows[r]]]; slot >= 0)
+      m.slots[slot] = a.out_tokens[r];
+  return SL_OK;
+}
+
+inline sl_status forked() {
+  return fail(SL_INVALID,
+              "the model was opened before fork(); open it in the process that runs it");
+}
+
+template <class Net>
+sl_status step(Model& m, const sl_step_args& a) {
+  using E = typename Net::Element;
+  SL_TRY(check_step(m, a));
+  resolve_tokens(m, a);
+  const ModelSpec& spec = *m.spec;
+  const Batch batch{a.num_tokens,       a.num_seqs,    m.token_ids.data(),
+                    a.positions,        a.query_start, a.context_lens,
+                    m.token_seq.data(), a.page_table,  a.page_table_stride};
+  int64_t clock = now_ns();
+  Run<E> run = make_run<E>(m, &batch, a.kv, &clock);
+  const bool sample = a.num_sample_rows > 0 && a.flags & SL_STEP_SAMPLE;
+  const bool logits = a.num_sample_rows > 0 && a.flags & SL_STEP_LOGITS;
+  run.rows = a.sample_rows;
+  run.num_rows = sample || logits ? a.num_sample_rows : 0;
+  if (sample) m.sampler.begin(sample_job(m, a));
+  const bool ran = m.pool->run([&](Worker& w) {
+    Net::forward(w, run);
+    if (a.flags & SL_STEP_HIDDEN) copy_hidden(w, spec, run, a.out_hidden);
+    if (run.num_rows > 0) Net::head(w, run);
+    if (logits) copy_logits(w, spec, run, a.out_logits);
+    if (sample) {
+      m.sampler.scan(w);
+      w.barrier();
+      m.sampler.draw(w);
+    }
+  });
+  if (!ran) return forked();
+  m.counters[spec.num_ops - 1].ns += now_ns() - clock;  // copies and sampling end the last op
+  return sample ? finish_sampling(m, a) : SL_OK;
+}
+
+template <class Net>
+sl_status head(Model& m, const sl_head_args& a) {
+  using E = typename Net::Element;
+  const ModelSpec& spec = *m.spec;
+  SL_TRY(check_range("num_rows", a.num_rows, 1, INT32_MAX));
+  SL_TRY(check_not_null(a.hidden, "hidden"));
+  SL_TRY(check_not_null(a.out_logits, "out_logits"));
+  int64_t clock = now_ns();
+  Run<E> run = make_run<E>(m, nullptr, nullptr, &clock);
+  run.rows = m.identity.data();
+  run.head_eps = 0;  // with ssq as below, rstd is exactly 1
+  const Stream<E> s = run.stream(spec.final_x, spec.final_xw, spec.final_ssq);
+  for (int first = 0; first < a.num_rows; first += run.num_rows) {
+    run.num_rows = std::min(m.args.max_sample_rows, a.num_rows - first);
+    const bool ran = m.pool->run([&](Worker& w) {
+      w.for_each_static(run.num_rows, [&](int r) {
+        const float* from = a.hidden + int64_t(first + r) * spec.H;
+        E* xw = s.xw + int64_t(r) * spec.Hp;
+        float* ssq = s.ssq + int64_t(r) * (spec.Hp / kLanes);
+        for (int i = 0; i < spec.Hp; ++i) xw[i] = from_float<E>(i < spec.H ? from[i] : 0.0f);
+        for (int i = 0; i < spec.Hp / kLanes; ++i)
+          ssq[i] = i == 0 ? static_cast<float>(spec.H) : 0.0f;
+      });
+      w.barrier();
+      Net::head(w, run);
+      copy_logits(w, spec, run, a.out_logits + int64_t(first) * spec.V);
+    });
+    if (!ran) return forked();
+  }
+  return SL_OK;
+}
+
+}  // namespace sl
