@@ -1,0 +1,112 @@
+"""Checkpoint: a model on disk (or made up) as a config, tensors by Hugging Face name, and text.
+
+Its implementations are SafetensorsCheckpoint (``hf_directory``), GgufCheckpoint (``gguf``) and
+DummyCheckpoint (``dummy``). A tensor nobody asked for is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from sinterlm.artifact.progress import Progress
+from sinterlm.artifact.text import TextAssets
+from sinterlm.errors import CheckpointError
+from sinterlm.frontend.numeric import Array, ReadDType
+from sinterlm.ir.graph import DecoderConfig
+
+#: Bytes handed to the digest at a time.
+DIGEST_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as stored. ``shape`` is Hugging Face's ([out, in] for matrices)."""
+
+    shape: tuple[int, ...]
+    dtype: str  #: "bf16", "fp16", "fp32", or a GGUF block type in lower case, e.g. "q4_1"
+    nbytes: int  #: as stored
+
+
+class Checkpoint(ABC):
+    """A model to compile. Closing it releases its files; a later read opens them again."""
+
+    name: str  #: what a user would call it
+    path: Path | None  #: directory or file; None for dummy weights
+    config: DecoderConfig
+    tensors: dict[str, TensorInfo]  #: by Hugging Face name
+    files: tuple[Path, ...]  #: all files the digest depends on (empty: it depends on none)
+
+    @property
+    def source_dtype(self) -> str:
+        """dtype that holds most of the weights' bytes, e.g. "bf16" or "q4_1"."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            sizes[info.dtype] += info.nbytes
+        return sizes.most_common(1)[0][0] if sizes else "bf16"
+
+    @property
+    @abstractmethod
+    def text(self) -> TextAssets:
+        """Tokenizer, chat template and generation defaults; read when first asked for."""
+
+    @abstractmethod
+    def read(self, name: str, dtype: ReadDType) -> Array:
+        """The tensor ``name``, C-contiguous: uint16 holding bf16 bits, or float32.
+
+        May be a read-only view of the file. Raises CheckpointError for an unknown name.
+        """
+
+    @abstractmethod
+    def _stored_bytes(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes as stored, in pieces of at most DIGEST_CHUNK."""
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """Hex SHA-256 over every tensor's name, shape, dtype and stored bytes.
+
+        Independent of how tensors are spread over files. Reads all weights: callers memoise it by
+        ``files``. ``progress`` receives a stage counted in bytes.
+        """
+        if progress is not None:
+            total = sum(info.nbytes for info in self.tensors.values())
+            progress.stage("hash checkpoint", total, "B")
+        sha = hashlib.sha256(self._digest_prefix().encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            entry = f"\n{name}\0{info.dtype}\0{info.shape}\0{info.nbytes}\0"
+            sha.update(entry.encode(errors="surrogatepass"))  # JSON names can hold half a pair
+            for piece in self._stored_bytes(name):
+                sha.update(piece)
+                if progress is not None:
+                    progress.advance(len(piece))
+        return sha.hexdigest()
+
+    def _digest_prefix(self) -> str:
+        """Whatever else decides what ``read`` returns for the same stored bytes."""
+        return "tensors"
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the files. May be called twice."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path or self.name}: there is no tensor {name!r}")
+        return info

@@ -1,0 +1,96 @@
+"""SafetensorsCheckpoint: a Hugging Face directory with one or many safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sinterlm.artifact.text import TextAssets
+from sinterlm.errors import CheckpointError
+from sinterlm.frontend.checkpoint import DIGEST_CHUNK, Checkpoint
+from sinterlm.frontend.decoder import EMBED, LM_HEAD
+from sinterlm.frontend.fields import read_json
+from sinterlm.frontend.hf_config import read_config, with_tensors
+from sinterlm.frontend.hf_text import read_text_assets
+from sinterlm.frontend.numeric import STORAGE, Array, ReadDType, convert
+from sinterlm.frontend.weights import MappedFiles, StoredTensor, find_shards
+from sinterlm.ir.graph import DecoderConfig
+
+
+def read_directory_config(
+    directory: Path, max_model_len: int | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Config of a directory and the contents of its ``config.json``. Raises CheckpointError."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file; a Hugging Face directory needs config.json beside the weights"
+        )
+    data = read_json(path)
+    return read_config(data, max_model_len, what=str(path)), data
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory of safetensors. Opening it checks headers and config, not the weights.
+
+    Where the config ties the embeddings and the files hold an ``lm_head.weight`` too, the two are
+    compared: equal values are tied, different values are not (as transformers does).
+    """
+
+    def __init__(
+        self, directory: Path, *, name: str | None = None, max_model_len: int | None = None
+    ) -> None:
+        self.path = directory
+        self.name = name or directory.resolve().name
+        config, self._config_json = read_directory_config(directory, max_model_len)
+        self._stored, self.files = find_shards(directory)
+        self._maps = MappedFiles()
+        self.tensors = {name: stored.info for name, stored in self._stored.items()}
+        config = with_tensors(config, self.tensors)
+        if config.tie_word_embeddings and not self._can_tie():
+            config = replace(config, tie_word_embeddings=False)
+        self.config = config
+
+    @cached_property
+    def _assets(self) -> TextAssets:
+        assert self.path is not None
+        return read_text_assets(self.path, self._config_json)
+
+    @property
+    def text(self) -> TextAssets:
+        """Tokenizer, chat template and defaults beside the weights."""
+        return self._assets
+
+    def read(self, name: str, dtype: ReadDType) -> Array:
+        """See Checkpoint.read; bf16 read as bf16 is a view of the file."""
+        info = self._info(name)
+        raw = self._raw(self._stored[name])
+        stored = raw.view(STORAGE[info.dtype]).reshape(info.shape)
+        return convert(stored, info.dtype, dtype)
+
+    def close(self) -> None:
+        """Drop the file maps."""
+        self._maps.close()
+
+    def _raw(self, stored: StoredTensor) -> Array:
+        return self._maps.bytes_at(stored.file, stored.offset, stored.info.nbytes)
+
+    def _stored_bytes(self, name: str) -> Iterator[memoryview]:
+        stored = self._stored[name]
+        return self._maps.pieces(stored.file, stored.offset, stored.info.nbytes)
+
+    def _can_tie(self) -> bool:
+        """Whether a head that is there as well equals the embedding, byte for byte."""
+        embed, head = self._stored.get(EMBED), self._stored.get(LM_HEAD)
+        if embed is None or head is None:
+            return True  # nothing to compare; a missing embedding is reported by check_tensors
+        if embed.info != head.info:
+            return False
+        a, b = self._raw(embed), self._raw(head)
+        return all(
+            bool((a[i : i + DIGEST_CHUNK] == b[i : i + DIGEST_CHUNK]).all())
+            for i in range(0, a.size, DIGEST_CHUNK)
+        )
