@@ -1,0 +1,94 @@
+"""From a Schedule to a StepBatch: flat numpy arrays, filled without a Python loop over tokens.
+
+The page-table row of a running request is kept between steps and only extended.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sinterlm.engine.request import Request
+from sinterlm.engine.scheduler import Schedule
+from sinterlm.runtime.batch import Int32, RowSampling, StepBatch
+
+
+class BatchBuilder:
+    """Preallocated arrays for ``max_num_seqs`` sequences, ``max_tokens`` tokens, ``max_pages``
+    pages per sequence.
+    """
+
+    def __init__(self, max_num_seqs: int, max_tokens: int, max_pages: int) -> None:
+        self._token_ids = np.zeros(max_tokens, np.int32)
+        self._positions = np.zeros(max_tokens, np.int32)
+        self._ramp = np.arange(max_tokens, dtype=np.int32)
+        self._tables = np.zeros((max_num_seqs, max_pages), np.int32)
+
+    def build(self, schedule: Schedule) -> StepBatch:
+        """The step's arrays; valid until the next call."""
+        query_start, context_lens, sample_rows, slots = [0], [], [], []
+        decode_rows, decode_ids, decode_positions = [], [], []
+        sampling = []
+        end, width, max_logprobs = 0, 1, 0
+        for chunk in schedule.chunks:
+            request, first = chunk.request, chunk.request.num_computed
+            start, end = end, end + chunk.num_tokens
+            last = first + chunk.num_tokens
+            if chunk.num_tokens == 1:  # written together below: most of a busy step is decodes
+                decode_rows.append(start)
+                decode_ids.append(request.tokens[first])
+                decode_positions.append(first)
+            else:
+                self._token_ids[start:end] = request.tokens.slice(first, last)
+                np.add(self._ramp[: chunk.num_tokens], first, out=self._positions[start:end])
+            query_start.append(end)
+            context_lens.append(last)
+            width = max(width, self._extend_table(request))
+            slots.append(request.slot)
+            if chunk.samples:
+                sample_rows.append(end - 1)
+                sampling.append(_prepared_row(request))
+                max_logprobs = max(max_logprobs, request.row.num_logprobs)
+        self._token_ids[decode_rows] = decode_ids
+        self._positions[decode_rows] = decode_positions
+        return StepBatch(
+            token_ids=self._token_ids[:end],
+            positions=self._positions[:end],
+            query_start=np.array(query_start, np.int32),
+            context_lens=np.array(context_lens, np.int32),
+            page_table=np.ascontiguousarray(self._tables[slots, :width]),
+            sample_rows=np.array(sample_rows, np.int32),
+            sampling=tuple(sampling),
+            max_logprobs=max_logprobs,
+        )
+
+    def _extend_table(self, request: Request) -> int:
+        """Copy pages the row does not have yet; returns how many it has."""
+        have = len(request.pages)
+        if request.table_filled < have:
+            row = self._tables[request.slot]
+            row[request.table_filled : have] = request.pages[request.table_filled :]
+            request.table_filled = have
+        return have
+
+
+def _prepared_row(request: Request) -> RowSampling:
+    """The request's row, moved to the token that is drawn next."""
+    row = request.row
+    row.position = request.num_tokens
+    if request.group.params.has_penalties:
+        row.output_tokens = request.tokens.output
+    return row
+
+
+def logits_batch(token_ids: Int32, first: int, pages: Int32) -> StepBatch:
+    """One chunk of one sequence, starting at position ``first``, every row's logits wanted."""
+    num = len(token_ids)
+    return StepBatch(
+        token_ids=np.ascontiguousarray(token_ids),
+        positions=np.arange(first, first + num, dtype=np.int32),
+        query_start=np.array([0, num], np.int32),
+        context_lens=np.array([first + num], np.int32),
+        page_table=pages.reshape(1, -1),
+        sample_rows=np.arange(num, dtype=np.int32),
+        want_logits=True,
+    )

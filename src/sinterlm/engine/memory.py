@@ -1,0 +1,130 @@
+"""How much KV cache an engine gets, decided from the manifest before any weight is read.
+
+Refuses, with the numbers, what cannot fit; never lets the kernel find out later.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from sinterlm.artifact.manifest import Manifest
+from sinterlm.errors import ResourceError, UsageError
+from sinterlm.options import EngineOptions
+
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+#: Interpreter, tokenizer and batch arrays.
+_RESERVE_BYTES = 128 << 20
+#: Share of what is left that the cache may take; the rest is for whatever else grows.
+_KV_SHARE = 0.9
+#: An engine that chose its context itself does not start with less than this many tokens.
+_LEAST_CONTEXT = 256
+#: Rows whose logits one step can give even when few sequences run (evaluation).
+_LOGITS_ROWS = 64
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """Sizes of one engine, every "auto" resolved."""
+
+    max_model_len: int  #: tokens
+    max_sample_rows: int
+    num_pages: int
+    page_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self.num_pages * self.page_bytes
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise UsageError naming the first option that makes no sense by itself."""
+    bounds: list[tuple[str, object, int, int]] = [
+        ("max_model_len", options.max_model_len, 2, 1 << 24),
+        ("max_num_seqs", options.max_num_seqs, 1, 4096),
+        ("max_num_batched_tokens", options.max_num_batched_tokens, 1, 1 << 20),
+        ("kv_cache_memory_bytes", options.kv_cache_memory_bytes, 1, 1 << 62),
+        ("block_size", options.block_size, 16, 4096),
+        ("num_threads", options.num_threads, 1, 1024),
+        ("seed", options.seed, 0, 2**64 - 1),
+    ]
+    for name, value, low, high in bounds:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UsageError(f"{name}={value!r} must be an integer between {low} and {high}")
+    if options.block_size % 16:
+        raise UsageError(f"block_size={options.block_size} must be a multiple of 16")
+    if options.max_num_seqs > options.max_num_batched_tokens:
+        raise UsageError(
+            f"max_num_seqs={options.max_num_seqs} exceeds "
+            f"max_num_batched_tokens={options.max_num_batched_tokens}; each sequence needs a token"
+        )
+    ids = options.cpu_ids
+    if ids is not None and options.num_threads not in (None, len(ids)):
+        raise UsageError(
+            f"cpu_ids names {len(ids)} CPUs and num_threads={options.num_threads}; give as many"
+        )
+
+
+def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) -> KvPlan:
+    """Pages for as much context as memory allows, never more than ``max_num_seqs`` full ones.
+
+    A ``max_model_len`` that the user gave is met or refused; without one the longest context
+    that fits is taken, up to the bundle's, and said in a warning when it is shorter. Raises
+    UsageError and ResourceError.
+    """
+    limit = manifest.max_model_len
+    wanted = options.max_model_len or limit
+    if wanted > limit:
+        raise UsageError(f"max_model_len={wanted} exceeds the {limit} tokens of this model")
+    rows = min(max(options.max_num_seqs, _LOGITS_ROWS), options.max_num_batched_tokens)
+    page_tokens = options.block_size
+    page_bytes = _page_bytes(manifest, page_tokens)
+    budget = _kv_budget(manifest, options, available_bytes, rows)
+    pages_of_one = -(-wanted // page_tokens)
+    num_pages = min(budget // page_bytes, options.max_num_seqs * pages_of_one)
+    if num_pages < pages_of_one:
+        fits = num_pages * page_tokens
+        if options.max_model_len is not None or fits < min(limit, _LEAST_CONTEXT):
+            raise ResourceError(
+                f"one context of {wanted} tokens needs {_show(pages_of_one * page_bytes)} of KV "
+                f"cache and {_show(budget)} can be had, enough for {fits} tokens; lower "
+                "max_model_len, or give the process more memory"
+            )
+        logging.getLogger("sinterlm").warning(
+            "memory leaves room for a context of %d tokens of this model's %d", fits, limit
+        )
+        wanted = fits
+    return KvPlan(wanted, rows, num_pages, page_bytes)
+
+
+def _page_bytes(manifest: Manifest, page_tokens: int) -> int:
+    shape = manifest.shape
+    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_tokens
+    return elements * _ELEMENT_BYTES[manifest.dtype]
+
+
+def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows: int) -> int:
+    weights = 0 if manifest.weights is None else manifest.weights.nbytes
+    activations = (
+        manifest.activation_bytes_per_token * options.max_num_batched_tokens
+        + manifest.activation_bytes_per_row * rows
+    )
+    rope_table = (options.max_model_len or manifest.max_model_len) * manifest.shape.head_dim * 4
+    working = activations + rope_table + _RESERVE_BYTES
+    fixed = weights + working
+    asked = options.kv_cache_memory_bytes
+    if fixed + (asked or 0) > available:
+        cache = f" + {_show(asked)} of KV cache" if asked else ""
+        raise ResourceError(
+            f"{_show(weights)} of weights + {_show(working)} to work in"
+            f"{cache} are more than the {_show(available)} of memory left to this process; free "
+            "some, raise the container's limit, or choose a smaller model"
+        )
+    return asked if asked is not None else int((available - fixed) * _KV_SHARE)
+
+
+def _show(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"

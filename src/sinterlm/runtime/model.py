@@ -1,0 +1,326 @@
+"""Model: a bundle opened for running. ``step`` is one native call for forward pass and sampling.
+
+Not thread-safe: its owner serialises calls (each call releases the GIL while it runs). Refuses what
+does not fit the arrays it was opened for; the native side refuses what is out of range.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinterlm.artifact.bundle import Bundle
+from sinterlm.artifact.manifest import ABI_VERSION, Manifest
+from sinterlm.errors import BundleError, ResourceError, UsageError
+from sinterlm.runtime import library as abi
+from sinterlm.runtime.batch import Float32, RowSampling, StepBatch, StepResult
+from sinterlm.runtime.library import Library
+from sinterlm.runtime.machine import read_machine
+
+#: Weights up to this share of memory are copied into huge pages; larger ones stay in the file's.
+_COPY_SHARE = 0.25
+
+_INT32_MAX = (1 << 31) - 1
+
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+class Model:
+    """A loaded library with its weights, and at most one KV cache of its own."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        num_threads: int,
+        cpu_ids: Sequence[int] | None = None,
+        max_tokens: int,
+        max_seqs: int,
+        max_sample_rows: int,
+        max_model_len: int,
+        num_slots: int = 0,
+    ) -> None:
+        """Open ``bundle``; the ``max_*`` size the arrays of one step.
+
+        ``cpu_ids`` pins worker i to CPU cpu_ids[i]. Raises BundleError, ResourceError, UsageError.
+        """
+        manifest = bundle.manifest
+        if bundle.weights_path is None:
+            raise BundleError(
+                f"{bundle.root} holds code without weights; compile the model itself with "
+                "`sinterlm compile MODEL`"
+            )
+        if cpu_ids is not None and len(cpu_ids) != num_threads:
+            raise UsageError(f"cpu_ids names {len(cpu_ids)} CPUs and num_threads={num_threads}")
+        self.manifest: Manifest = manifest
+        self._max_rows = max_sample_rows
+        self._library = Library(bundle.library_path)
+        self._kv: abi.Kv | None = None
+        constants = manifest.constants
+        inv_freq = np.array(constants.inv_freq, np.float64)
+        windows = np.array(constants.windows, np.int32)
+        cpus = None if cpu_ids is None else np.array(cpu_ids, np.int32)
+        weights_bytes = os.stat(bundle.weights_path).st_size
+        args = abi.OpenArgs(
+            size=ctypes.sizeof(abi.OpenArgs),
+            abi_version=ABI_VERSION,
+            layout_hash=manifest.layout_hash,
+            flags=abi.OPEN_HUGE_PAGES if fits_copy(weights_bytes) else 0,
+            num_threads=num_threads,
+            cpu_ids=None if cpus is None else cpus.ctypes.data,
+            weights_path=os.fsencode(bundle.weights_path),
+            weights_bytes=weights_bytes,
+            max_tokens=max_tokens,
+            max_seqs=max_seqs,
+            max_sample_rows=max_sample_rows,
+            max_model_len=max_model_len,
+            rms_eps=constants.rms_eps,
+            qk_eps=constants.qk_eps,
+            attention_scale=constants.attention_scale,
+            rope_attention_factor=constants.rope_attention_factor,
+            num_inv_freq=len(inv_freq),
+            inv_freq=inv_freq.ctypes.data,
+            num_windows=len(windows),
+            windows=windows.ctypes.data,
+            num_slots=num_slots,
+        )
+        handle = ctypes.c_void_p()
+        self._library.call("sl_open", ctypes.byref(args), ctypes.byref(handle))
+        self._handle = handle.value
+        # A model that is dropped gives its memory back too; at exit the system takes it all.
+        self._finalizer = weakref.finalize(self, self._library.release, "sl_close", handle.value)
+        self._finalizer.atexit = False
+        self._rows = (abi.Sampling * max_sample_rows)()
+        for row in self._rows:
+            row.size = ctypes.sizeof(abi.Sampling)
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def kv_bytes_per_page(self, page_tokens: int) -> int:
+        """Bytes of one page of all layers and KV heads."""
+        shape = self.manifest.shape
+        elements = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_tokens
+        return elements * _ELEMENT_BYTES[self.manifest.dtype]
+
+    def alloc_kv(self, num_pages: int, page_tokens: int) -> None:
+        """Make the KV cache, replacing an earlier one. Memory is taken as pages are first used.
+
+        Raises ResourceError where the system refuses, UsageError and RuntimeFault for bad sizes.
+        """
+        handle = self._open_handle()
+        if not 0 < num_pages <= _INT32_MAX:
+            raise UsageError(f"num_pages={num_pages} must be between 1 and {_INT32_MAX}")
+        self._free_kv()
+        args = abi.KvArgs(ctypes.sizeof(abi.KvArgs), num_pages, page_tokens)
+        kv = abi.Kv()
+        self._library.call("sl_kv_alloc", handle, ctypes.byref(args), ctypes.byref(kv))
+        self._kv = kv
+
+    def close(self) -> None:
+        """Stop the workers and give all memory back; further calls raise UsageError."""
+        self._handle, self._kv = None, None
+        self._finalizer()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Run one step: write the KV of its tokens, sample its rows.
+
+        Raises RuntimeFault naming the argument that is out of range, UsageError after ``close``.
+        """
+        handle, kv = self._open_handle(), self._kv
+        if kv is None:
+            raise UsageError("alloc_kv() comes before step()")
+        rows, width = len(batch.sample_rows), batch.max_logprobs
+        sampled = bool(batch.sampling)
+        _check_shapes(batch, self._max_rows, self.manifest.shape.vocab_size)
+        drawn = rows if sampled else 0
+        result = StepResult(
+            tokens=np.empty(drawn, np.int32),
+            logprobs=np.empty(drawn, np.float32),
+            ranks=np.empty(drawn, np.int32),
+            top_ids=np.empty((drawn, width), np.int32),
+            top_logprobs=np.empty((drawn, width), np.float32),
+            logits=self._logits(rows) if batch.want_logits else None,
+        )
+        for row, params in zip(self._rows, batch.sampling, strict=False):
+            fill_row(row, params)
+        flags = (abi.STEP_SAMPLE if sampled else 0) | (abi.STEP_LOGITS if batch.want_logits else 0)
+        args = abi.StepArgs(
+            size=ctypes.sizeof(abi.StepArgs),
+            # A step that draws nothing still fills the cache; asking for the logits of its zero
+            # rows says so.
+            flags=flags or abi.STEP_LOGITS,
+            num_seqs=batch.num_seqs,
+            num_tokens=batch.num_tokens,
+            token_ids=_pointer(batch.token_ids, np.int32),
+            positions=_pointer(batch.positions, np.int32),
+            query_start=_pointer(batch.query_start, np.int32),
+            context_lens=_pointer(batch.context_lens, np.int32),
+            page_table=_pointer(batch.page_table, np.int32),
+            page_table_stride=batch.page_table.shape[1],
+            slots=None if batch.slots is None else _pointer(batch.slots, np.int32),
+            kv=ctypes.pointer(kv),
+            num_sample_rows=rows if flags else 0,
+            sample_rows=_pointer(batch.sample_rows, np.int32),
+            sampling=self._rows,
+            max_logprobs=width,
+            out_tokens=_pointer(result.tokens, np.int32),
+            out_logprobs=_pointer(result.logprobs, np.float32),
+            out_ranks=_pointer(result.ranks, np.int32),
+            out_top_ids=_pointer(result.top_ids, np.int32),
+            out_top_logprobs=_pointer(result.top_logprobs, np.float32),
+            out_logits=None if result.logits is None else _pointer(result.logits, np.float32),
+        )
+        self._library.call("sl_step", handle, ctypes.byref(args))
+        return result
+
+    def head(self, hidden: Float32) -> Float32:
+        """Logits [R, V] of final-normed hidden states [R, H] float32."""
+        rows = np.ascontiguousarray(hidden, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.manifest.shape.hidden_size:
+            raise UsageError(
+                f"hidden has shape {rows.shape}; it must be [rows, "
+                f"{self.manifest.shape.hidden_size}]"
+            )
+        logits = self._logits(len(rows))
+        if len(rows) == 0:
+            return logits
+        args = abi.HeadArgs(
+            size=ctypes.sizeof(abi.HeadArgs),
+            num_rows=len(rows),
+            hidden=_pointer(rows, np.float32),
+            out_logits=_pointer(logits, np.float32),
+        )
+        self._library.call("sl_head", self._open_handle(), ctypes.byref(args))
+        return logits
+
+    # -- facts -----------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What the library says of itself: isa, shapes, threads, and per fused op calls and ns."""
+        facts: dict[str, Any] = json.loads(self._library.describe(self._open_handle()))
+        return facts
+
+    def probe(self, seconds: float = 1.0) -> tuple[float, float]:
+        """(GFLOP/s of the GEMM instruction, GB/s of reading), measured with the model's workers.
+
+        Raises ResourceError when memory does not hold the buffer that reading is measured on.
+        """
+        needed = int(self.describe()["probe_bytes"])
+        available = read_machine().memory_available
+        if needed > available:
+            raise ResourceError(
+                f"measuring bandwidth takes a buffer of {needed / 1e6:.0f} MB, and "
+                f"{available / 1e6:.0f} MB of memory are left to this process; free some"
+            )
+        gflops, gbytes = ctypes.c_double(), ctypes.c_double()
+        handle = self._open_handle()
+        self._library.call(
+            "sl_probe", handle, float(seconds), ctypes.byref(gflops), ctypes.byref(gbytes)
+        )
+        return gflops.value, gbytes.value
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _open_handle(self) -> int:
+        if self._handle is None:
+            raise UsageError("this model is closed; open it again")
+        return self._handle
+
+    def _free_kv(self) -> None:
+        kv, self._kv = self._kv, None
+        if kv is not None:
+            self._library.release("sl_kv_free", self._handle, ctypes.byref(kv))
+
+    def _logits(self, rows: int) -> Float32:
+        return np.empty((rows, self.manifest.shape.vocab_size), np.float32)
+
+
+def fits_copy(weights_bytes: int) -> bool:
+    """Whether weights of that size are copied into huge pages rather than mapped."""
+    return weights_bytes <= _COPY_SHARE * read_machine().memory_limit
+
+
+def fill_row(row: abi.Sampling, params: RowSampling) -> None:
+    """Write one row's parameters into its struct; arrays are borrowed for the step."""
+    row.temperature = params.temperature
+    row.top_p = params.top_p
+    row.min_p = params.min_p
+    row.top_k = min(params.top_k, _INT32_MAX)
+    row.repetition_penalty = params.repetition_penalty
+    row.presence_penalty = params.presence_penalty
+    row.frequency_penalty = params.frequency_penalty
+    row.seed = params.seed
+    row.position = params.position
+    row.num_logprobs = params.num_logprobs
+    row.num_prompt_tokens = len(params.prompt_tokens)
+    row.prompt_tokens = _optional(params.prompt_tokens, np.int32)
+    row.num_output_tokens = len(params.output_tokens)
+    row.output_tokens = _optional(params.output_tokens, np.int32)
+    row.num_bias = len(params.bias_ids)
+    row.bias_ids = _optional(params.bias_ids, np.int32)
+    row.bias = _optional(params.bias, np.float32)
+    row.allowed = None if params.allowed is None else _pointer(params.allowed, np.uint32)
+
+
+def _check_shapes(batch: StepBatch, max_rows: int, vocab_size: int) -> None:
+    """What the native side cannot see: that every array is as long as the counts say."""
+    lengths = {
+        "positions": (len(batch.positions), batch.num_tokens),
+        "query_start": (len(batch.query_start), batch.num_seqs + 1),
+        "page_table": (len(batch.page_table), batch.num_seqs),
+    }
+    if batch.slots is not None:
+        lengths["slots"] = (len(batch.slots), batch.num_seqs)
+    if batch.sampling:
+        lengths["sampling"] = (len(batch.sampling), len(batch.sample_rows))
+    for params in batch.sampling:
+        _check_length("bias", len(params.bias), len(params.bias_ids))
+        if params.allowed is not None:
+            _check_length("allowed", len(params.allowed), -(-vocab_size // 32))
+    for name, (have, want) in lengths.items():
+        _check_length(name, have, want)
+    if len(batch.sample_rows) > max_rows:
+        raise UsageError(
+            f"{len(batch.sample_rows)} sample rows; this model was opened for {max_rows}"
+        )
+
+
+def _check_length(name: str, have: int, want: int) -> None:
+    if have != want:
+        raise UsageError(f"{name} has {have} entries and must have {want}")
+
+
+def _optional(array: NDArray[Any], dtype: type[np.generic]) -> int | None:
+    """Address of an array, None when it is empty."""
+    return _pointer(array, dtype) if len(array) else None
+
+
+def _pointer(array: NDArray[Any], dtype: type[np.generic]) -> int:
+    """Address of an array that the library can read as it is. Raises UsageError otherwise."""
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise UsageError(
+            f"an array of {array.dtype} (contiguous: {array.flags.c_contiguous}) was given where "
+            f"contiguous {np.dtype(dtype)} is needed"
+        )
+    return array.ctypes.data

@@ -1,0 +1,111 @@
+"""How much KV cache there is, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sinterlm.artifact.manifest import ModelShape
+from sinterlm.engine.memory import check_options, plan_kv
+from sinterlm.errors import ResourceError, UsageError
+from sinterlm.options import EngineOptions
+
+GB = 10**9
+#: 2 * 32 layers * 8 heads * 128 * 2 bytes = 131072 bytes per token.
+PER_TOKEN = 131072
+
+
+def manifest(max_model_len: int = 32768, weights: int = 16 * GB, dtype: str = "bf16") -> Any:
+    return SimpleNamespace(
+        shape=ModelShape("Llama", 128256, 4096, 32, 32, 8, 128, 14336),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        weights=SimpleNamespace(nbytes=weights),
+        activation_bytes_per_token=100_000,
+        activation_bytes_per_row=520_000,
+    )
+
+
+def test_capped_at_what_can_be_used() -> None:
+    plan = plan_kv(manifest(max_model_len=1000), EngineOptions(max_num_seqs=3), 10**15)
+    assert plan.max_model_len == 1000 and plan.num_pages == 3 * 16
+    assert plan.page_bytes == 64 * PER_TOKEN and plan.kv_bytes == 48 * 64 * PER_TOKEN
+
+
+def test_taken_from_what_is_free() -> None:
+    available = 40 * GB
+    plan = plan_kv(manifest(), EngineOptions(), available)
+    assert 0.85 * 24 * GB < plan.kv_bytes < 0.95 * 24 * GB
+    smaller = plan_kv(manifest(), EngineOptions(), available - GB)
+    assert smaller.num_pages < plan.num_pages
+    assert plan_kv(manifest(dtype="fp32"), EngineOptions(), available).page_bytes == (
+        2 * plan.page_bytes
+    )
+
+
+def test_explicit_size_is_what_is_taken() -> None:
+    options = EngineOptions(kv_cache_memory_bytes=5 * GB)
+    plan = plan_kv(manifest(), options, 40 * GB)
+    assert plan.num_pages == 5 * GB // (64 * PER_TOKEN)
+
+
+def test_weights_that_do_not_fit() -> None:
+    with pytest.raises(ResourceError, match=r"16\.00 GB of weights.*15\.00 GB of memory left"):
+        plan_kv(manifest(), EngineOptions(), 15 * GB)
+    with pytest.raises(ResourceError, match=r"5\.00 GB of KV cache"):
+        plan_kv(manifest(), EngineOptions(kv_cache_memory_bytes=5 * GB), 20 * GB)
+
+
+def test_context_that_was_asked_for_is_met_or_refused() -> None:
+    options = EngineOptions(max_model_len=32768)
+    with pytest.raises(ResourceError, match=r"32768 tokens needs 4\.29 GB.* lower max_model_len"):
+        plan_kv(manifest(), options, 18 * GB)
+    assert plan_kv(manifest(), options, 24 * GB).max_model_len == 32768
+    with pytest.raises(UsageError, match="max_model_len=32769 exceeds the 32768"):
+        plan_kv(manifest(), EngineOptions(max_model_len=32769), 10**15)
+
+
+def test_context_left_open_is_what_fits_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sinterlm"):
+        plan = plan_kv(manifest(), EngineOptions(), 18 * GB)
+    assert 256 <= plan.max_model_len < 32768
+    assert plan.max_model_len == plan.num_pages * 64
+    assert str(plan.max_model_len) in caplog.text
+    caplog.clear()
+    plan_kv(manifest(), EngineOptions(), 10**15)
+    assert caplog.text == ""
+
+
+def test_next_to_nothing_is_refused() -> None:
+    with pytest.raises(ResourceError, match="KV cache"):
+        plan_kv(manifest(), EngineOptions(kv_cache_memory_bytes=64 * PER_TOKEN), 40 * GB)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_model_len": 1}, "max_model_len=1 "),
+        ({"max_model_len": True}, "max_model_len=True"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_num_seqs": 600}, "max_num_seqs=600 exceeds max_num_batched_tokens=512"),
+        ({"max_num_batched_tokens": -1}, "max_num_batched_tokens=-1"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0"),
+        ({"kv_cache_memory_bytes": "4G"}, "kv_cache_memory_bytes='4G'"),
+        ({"block_size": 24}, "block_size=24 must be a multiple of 16"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"num_threads": 0}, "num_threads=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"cpu_ids": (0, 1), "num_threads": 3}, "cpu_ids names 2 CPUs and num_threads=3"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_options(EngineOptions(**options))
+
+
+def test_good_options() -> None:
+    check_options(EngineOptions())
+    check_options(EngineOptions(cpu_ids=(0, 1), num_threads=2, block_size=128, max_model_len=2))
