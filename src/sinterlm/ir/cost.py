@@ -1,8 +1,11 @@
-"""Bytes and flops of every fused op, linear in what a step holds; see ``manifest.OpCost``.
+"""Bytes and flops of every op, linear in what a step holds; see ``OpCost`` in ``manifest.py``.
 
-Counted as bytes: packed weights, once per step; the gathered row of an embedding table; KV pages
-written and read. Activations are not: they stay in cache. Flops: 2 per multiply-add of real (not
-padded) columns; attention 4 per query head, head element and visible key.
+The least that the mathematics needs, which is what the roof is made of. Bytes: weights once per
+step, real columns only (padding is our own overhead); of an embedding table the gathered row of
+each token; KV written per token and read per cached token. Activations are not counted: they can
+stay in cache. Flops: 2 per multiply-add of a GEMM, and 4 per query head, element of it and (query,
+key) pair of attention. What runs beside the dot products (norms, rope, activations, sampling) is
+not counted. A step without sampled rows need not read the head; ``weight_bytes`` counts it anyway.
 """
 
 from __future__ import annotations
@@ -12,63 +15,64 @@ from collections.abc import Iterable
 from sinterlm.artifact.manifest import OpCost
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
-from sinterlm.ir.plan import Plan, WeightLayout
+from sinterlm.ir.plan import Plan
+
+FP32_BYTES = 4
 
 
 def plan_costs(plan: Plan) -> tuple[OpCost, ...]:
-    """The cost of every op of a fused graph, in order."""
-    return tuple(op_cost(op, plan.graph, plan.layout) for op in plan.graph.ops)
+    """The cost of every op of a planned graph, in order."""
+    return tuple(op_cost(op, plan.graph) for op in plan.graph.ops)
 
 
-def op_cost(op: ops.Op, graph: Graph, layout: WeightLayout) -> OpCost:
-    """The cost of one fused op."""
-    config, size = graph.config, 2 if graph.dtype == "bf16" else 4
-    kv_width = config.num_kv_heads * config.head_dim
-    names = _packed_names(op)
-    weight_bytes = sum(t.nbytes for t in layout.tensors if t.name in names)
-    flops = 2 * sum(_elements(graph, name) for name in op.weights)
-    per_token = per_row = cached = row_flops = pair_flops = 0
-    if isinstance(op, ops.EmbedNorm):
-        per_token, flops = config.hidden_size * size, 0
-    elif isinstance(op, ops.NormQkvRopeKv):
-        per_token = 2 * kv_width * size
+def op_cost(op: ops.Op, graph: Graph) -> OpCost:
+    """The cost of one op, plain or fused."""
+    size = operand_bytes(graph)
+    kv_row = 2 * graph.config.num_kv_heads * graph.config.head_dim * size  # one token's k and v
+    row_bytes = kv_written = kv_read = pair_flops = 0
+    skip: frozenset[str] = frozenset()
+    if isinstance(op, ops.Embed | ops.EmbedNorm):
+        row_bytes, skip = graph.config.hidden_size * size, frozenset({op.table})
+    elif isinstance(op, ops.NormQkvRopeKv | ops.KvAppend):
+        kv_written = kv_row
     elif isinstance(op, ops.Attention):
-        cached, pair_flops = 2 * kv_width * size, 4 * op.num_heads * op.head_dim
-    elif isinstance(op, ops.NormLmHeadSample):
-        row_flops, flops = flops, 0
+        kv_read, pair_flops = kv_row, 4 * op.num_heads * op.head_dim
+    streamed = [name for name in op.weights if name not in skip]
+    gemm_flops = 2 * sum(_size(graph, name) for name in streamed if _is_matrix(graph, name))
+    is_head = isinstance(op, ops.LmHead | ops.NormLmHeadSample)
     return OpCost(
         name=op.kind,
         layer=getattr(op, "layer", -1),
-        weight_bytes=weight_bytes,
-        bytes_per_token=per_token,
-        bytes_per_row=per_row,
-        bytes_per_cached_token=cached,
-        flops_per_token=flops,
-        flops_per_row=row_flops,
+        weight_bytes=sum(_weight_bytes(graph, name) for name in streamed),
+        bytes_per_token=row_bytes + kv_written,
+        bytes_per_row=0,
+        bytes_per_cached_token=kv_read,
+        flops_per_token=0 if is_head else gemm_flops,
+        flops_per_row=gemm_flops if is_head else 0,
         flops_per_pair=pair_flops,
     )
 
 
-def _elements(graph: Graph, weight: str) -> int:
-    """Elements of a matrix; vectors cost no multiply-adds worth counting."""
-    shape = graph.weights[weight].shape
-    return shape[0] * shape[1] if len(shape) == 2 else 0
+def operand_bytes(graph: Graph) -> int:
+    """Bytes of one element of a GEMM operand or of KV."""
+    return 2 if graph.dtype == "bf16" else FP32_BYTES
 
 
-def _packed_names(op: ops.Op) -> frozenset[str]:
-    """Packed tensors that an op streams whole in every step."""
-    layer = f"layers.{getattr(op, 'layer', -1)}."
-    if isinstance(op, ops.NormQkvRopeKv):
-        return frozenset(layer + n for n in ("qkv", "qkv_bias", "q_norm", "k_norm"))
-    if isinstance(op, ops.OResidual):
-        return frozenset(layer + n for n in ("o", "o_bias", "mlp_norm"))
-    if isinstance(op, ops.NormGateUpAct):
-        return frozenset(layer + n for n in ("gate_up", "gate_up_bias"))
-    if isinstance(op, ops.DownResidual):
-        return frozenset(layer + n for n in ("down", "down_bias"))
-    if isinstance(op, ops.NormLmHeadSample):
-        return frozenset({"lm_head"})
-    return frozenset()
+def _is_matrix(graph: Graph, weight: str) -> bool:
+    return len(graph.weights[weight].shape) == 2
+
+
+def _size(graph: Graph, weight: str) -> int:
+    size = 1
+    for dim in graph.weights[weight].shape:
+        size *= dim
+    return size
+
+
+def _weight_bytes(graph: Graph, weight: str) -> int:
+    """Matrices are packed in the graph's dtype, vectors in fp32."""
+    matrix = _is_matrix(graph, weight)
+    return _size(graph, weight) * (operand_bytes(graph) if matrix else FP32_BYTES)
 
 
 def roof_seconds(
@@ -81,10 +85,10 @@ def roof_seconds(
     bandwidth: float,
     flops: float,
 ) -> float:
-    """The roof of one step: the sum over ops of max(bytes / bandwidth, flops / peak), in seconds.
+    """The roof of one step in seconds: the sum over ops of max(bytes / bandwidth, flops / peak).
 
-    ``pairs``: (query, visible key) pairs; ``cached``: tokens of KV read; ``bandwidth`` in bytes/s
-    and ``flops`` in flop/s, both measured on the machine.
+    ``pairs``: (query, visible key) pairs of a layer; ``cached``: tokens of KV that a layer reads;
+    ``bandwidth`` in bytes/s and ``flops`` in flop/s, both measured on the machine.
     """
     total = 0.0
     for c in costs:

@@ -6,6 +6,7 @@ reads and writes and the checkpoint tensors it uses. Nothing here computes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class DecoderConfig:
     @property
     def attention_scale(self) -> float:
         """Factor on q·k: head_dim ** -0.5."""
-        return float(self.head_dim) ** -0.5
+        return math.pow(self.head_dim, -0.5)
 
     @property
     def group_size(self) -> int:

@@ -1,8 +1,8 @@
 """The op table: every op, plain and fused, as a frozen dataclass of names and numbers.
 
 ``reads``/``writes`` are value names in order, ``weights`` checkpoint tensor names (None where an
-optional one is absent). Shapes, bytes and flops of each op are in ``cost.py``; its meaning is in
-``reference.py``.
+optional one is absent). Shapes and dtypes of each op are in ``shapes.py``, bytes and flops in
+``cost.py``, its meaning in ``reference_ops.py``.
 """
 
 from __future__ import annotations
@@ -204,6 +204,20 @@ class Sample(Op):
 
 
 @dataclass(frozen=True)
+class SplitNorm(Op):
+    """xw, ssq of x: what the producer of x has yet to take over. Lives between passes only."""
+
+    kind: ClassVar[str] = "split_norm"
+    _reads: ClassVar[tuple[str, ...]] = ("x",)
+    _writes: ClassVar[tuple[str, ...]] = ("xw", "ssq")
+    _weights: ClassVar[tuple[str, ...]] = ("norm_weight",)
+    x: str
+    xw: str
+    ssq: str
+    norm_weight: str
+
+
+@dataclass(frozen=True)
 class EmbedNorm(Op):
     """x = table[tokens]; xw, ssq of x for the first layer's norm."""
 
@@ -272,7 +286,7 @@ class OResidual(Op):
 
 @dataclass(frozen=True)
 class NormGateUpAct(Op):
-    """h[T, F] = silu(g) * u with g, u = (xw @ W{gate,up}ᵀ) * rstd (+ bias), in the graph's dtype."""
+    """h[T, F] = silu(g) * u in the graph's dtype; g, u = (xw @ W{gate,up}ᵀ) * rstd (+ bias)."""
 
     kind: ClassVar[str] = "norm_gate_up_act"
     _reads: ClassVar[tuple[str, ...]] = ("xw", "ssq")

@@ -19,18 +19,13 @@ def graph_text(graph: Graph) -> str:
 
 
 def op_text(op: Op, graph: Graph) -> str:
-    """``writes = kind(reads; weights; numbers)``."""
+    """``writes = kind(reads; weights by role; numbers)``."""
     named = {*op._reads, *op._writes, *op._weights}
-    numbers = [
-        f"{f.name}={getattr(op, f.name)}" for f in fields(op) if f.name not in named
-    ]
+    roles = [f"{f}={getattr(op, f)}" for f in op._weights if getattr(op, f) is not None]
+    numbers = [f"{f.name}={getattr(op, f.name)}" for f in fields(op) if f.name not in named]
+    groups = (", ".join(group) for group in (op.reads, roles, numbers))
     writes = ", ".join(_value(name, graph) for name in op.writes)
-    inside = "; ".join(
-        part
-        for part in (", ".join(op.reads), ", ".join(op.weights), ", ".join(numbers))
-        if part
-    )
-    return f"  {writes} = {op.kind}({inside})"
+    return f"  {writes} = {op.kind}({'; '.join(group for group in groups if group)})"
 
 
 def _value(name: str, graph: Graph) -> str:

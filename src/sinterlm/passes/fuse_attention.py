@@ -5,6 +5,7 @@ from __future__ import annotations
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.ops import (
     Add,
+    Attention,
     KvAppend,
     MatMul,
     NormQkvRopeKv,
@@ -13,36 +14,32 @@ from sinterlm.ir.ops import (
     QkNorm,
     RmsNorm,
     RotaryEmbedding,
+    SplitNorm,
 )
-from sinterlm.ir.ops import Attention as AttentionOp
-from sinterlm.passes.rewrite import Matcher
+from sinterlm.passes.rewrite import Matcher, Rewrite, ssq_of, xw_of
 
 
 def fuse_qkv(graph: Graph) -> Graph:
-    """Norm, three projections, per-head norm, rope and the page write become one op.
+    """Norm, three projections, per-head norms, rope and the page write become one op.
 
-    before:  x ─ rmsnorm ─┬─ matmul q ─ (qk_norm) ─ rope ────────────── q
+    before:  x ─ rmsnorm ─┬─ matmul q ─ (qk_norm) ─ rope ─────────────── q
                           ├─ matmul k ─ (qk_norm) ─ rope ─┐
                           └─ matmul v ────────────────────┴─ kv_append ─ kv
-    after:   x.xw, x.ssq ─── norm_qkv_rope_kv ─── q, kv
-
-    ``x.xw`` and ``x.ssq`` are written by the producer of x: ``fold_norms`` adds them.
+    after:   x ─ split_norm ─ x.xw, x.ssq ─ norm_qkv_rope_kv ─ q, kv
     """
     match = Matcher(graph, "fuse_qkv")
-    fused: dict[Op, Op] = {}
-    gone: set[Op] = set()
-    for attention in (op for op in graph.ops if isinstance(op, AttentionOp)):
+    rewrite = Rewrite(match)
+    for attention in match.all(Attention):
         append = match.writer(attention.kv, KvAppend)
         q_proj, q_norm, q_ops = _projection(match, attention.q)
         k_proj, k_norm, k_ops = _projection(match, append.k)
         v_proj = match.writer(append.v, MatMul)
         norm = match.writer(q_proj.x, RmsNorm)
-        for proj in (k_proj, v_proj):
-            if proj.x != norm.y:
-                raise match.error(proj.x, "is not the norm that q reads")
-        fused[append] = NormQkvRopeKv(
-            xw=f"{norm.x}.xw",
-            ssq=f"{norm.x}.ssq",
+        _check_alike(match, attention, append, (q_ops, k_ops), (q_proj, k_proj, v_proj))
+        split = SplitNorm(norm.x, xw_of(norm.x), ssq_of(norm.x), norm.weight)
+        fused = NormQkvRopeKv(
+            xw=split.xw,
+            ssq=split.ssq,
             positions=append.positions,
             q=attention.q,
             kv=append.kv,
@@ -61,56 +58,65 @@ def fuse_qkv(graph: Graph) -> Graph:
             k_norm=k_norm.weight if k_norm else None,
             qk_eps=q_norm.eps if q_norm else 0.0,
         )
-        gone |= {*q_ops, *k_ops, v_proj}
-    ops = [fused.get(op, op) for op in graph.ops if op not in gone]
-    return Graph(graph.config, graph.dtype, tuple(ops), graph.values, graph.weights)
+        rewrite.replace([norm, *q_ops, *k_ops, v_proj, append], [split, fused])
+    return rewrite.apply()
 
 
 def _projection(match: Matcher, value: str) -> tuple[MatMul, QkNorm | None, list[Op]]:
     """The matmul and optional per-head norm behind a rotated head, and all ops on the way."""
     rope = match.writer(value, RotaryEmbedding)
-    ops: list[Op] = [rope]
-    norm, source = None, rope.x
-    if match.is_written_by(rope.x, QkNorm):
-        norm = match.writer(rope.x, QkNorm)
-        ops.append(norm)
-        source = norm.x
-    proj = match.writer(source, MatMul)
-    return proj, norm, [*ops, proj]
+    norm = match.writer(rope.x, QkNorm) if match.is_written_by(rope.x, QkNorm) else None
+    proj = match.writer(norm.x if norm else rope.x, MatMul)
+    return proj, norm, [rope, *([norm] if norm else []), proj]
+
+
+def _check_alike(
+    match: Matcher,
+    attention: Attention,
+    append: KvAppend,
+    rotated: tuple[list[Op], list[Op]],
+    projections: tuple[MatMul, MatMul, MatMul],
+) -> None:
+    """The fused op has one input, one layer, one eps and one set of positions for all three."""
+    q_proj, k_proj, v_proj = projections
+    for proj in (k_proj, v_proj):
+        if proj.x != q_proj.x:
+            raise match.error(proj.x, f"feeds {proj.y!r}, and q is made of {q_proj.x!r}")
+    if append.layer != attention.layer:
+        raise match.error(append.kv, f"is of layer {append.layer}, not {attention.layer}")
+    norms = {op.eps for ops in rotated for op in ops if isinstance(op, QkNorm)}
+    if len(norms) > 1 or len(rotated[0]) != len(rotated[1]):
+        raise match.error(append.kv, "has q and k with different per-head norms")
+    for ops in rotated:
+        for op in ops:
+            if isinstance(op, RotaryEmbedding) and op.positions != append.positions:
+                raise match.error(op.positions, f"turns {op.y!r}, not {append.positions!r}")
 
 
 def fuse_o_residual(graph: Graph) -> Graph:
-    """The output projection and the addition to the residual stream become one op.
+    """The output projection, the addition to the residual stream and the next norm's first half
+    become one op.
 
     before:  y ─ matmul o ─┐
-             x ────────────┴─ add ─ x'
-    after:   y, x ─── o_residual ─── x', x'.xw, x'.ssq
+             x ────────────┴─ add ─ x' ─ split_norm ─ x'.xw, x'.ssq
+    after:   y, x ─ o_residual ─ x', x'.xw, x'.ssq
     """
     match = Matcher(graph, "fuse_o_residual")
-    fused: dict[Op, Op] = {}
-    gone: set[Op] = set()
-    for attention in (op for op in graph.ops if isinstance(op, AttentionOp)):
+    rewrite = Rewrite(match)
+    for attention in match.all(Attention):
         proj = match.sole_reader(attention.y, MatMul)
         add = match.sole_reader(proj.y, Add)
-        fused[add] = OResidual(
+        split = match.reader(add.y, SplitNorm)
+        fused = OResidual(
             y=attention.y,
             x=add.a if add.b == proj.y else add.b,
             x_out=add.y,
-            xw=f"{add.y}.xw",
-            ssq=f"{add.y}.ssq",
+            xw=split.xw,
+            ssq=split.ssq,
             layer=attention.layer,
             weight=proj.weight,
-            norm_weight=next_norm(match, add.y).weight,
+            norm_weight=split.norm_weight,
             bias=proj.bias,
         )
-        gone.add(proj)
-    ops = [fused.get(op, op) for op in graph.ops if op not in gone]
-    return Graph(graph.config, graph.dtype, tuple(ops), graph.values, graph.weights)
-
-
-def next_norm(match: Matcher, value: str) -> RmsNorm:
-    """The one norm that reads a value of the residual stream."""
-    norms = [op for op in match.readers(value) if isinstance(op, RmsNorm)]
-    if len(norms) != 1:
-        raise match.error(value, f"is read by {len(norms)} norms, not by one")
-    return norms[0]
+        rewrite.replace([proj, add, split], [fused])
+    return rewrite.apply()

@@ -1,8 +1,9 @@
-"""One arena for activations, planned by lifetime: buffers that never live together share bytes.
+"""Activation arenas planned by lifetime: buffers that never hold something together share bytes.
 
-Every activation scales with the tokens of a step ("T") or the rows sampled ("R"), so offsets and
-sizes are per token and per row. The fused op sequence repeats in every layer, so lifetimes are
-taken inside one layer; what crosses layers lives throughout.
+Every activation scales with the tokens of a step ("T") or its sampled rows ("R"), so offsets and
+sizes are per token and per row: buffer b of a step of up to N units lies at b.offset * N. A row's
+pitch is its padded width, b.nbytes; only its place is rounded up to 64 bytes. Buffers that share
+bytes overwrite each other's padding, so every kernel writes the padding it lets others read.
 """
 
 from __future__ import annotations
@@ -10,72 +11,108 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sinterlm.ir import ops
+from sinterlm.ir.cost import FP32_BYTES, operand_bytes
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Buffer, MemoryPlan
 from sinterlm.passes.layout import LANES, PANEL, round_up
 
 ALIGN = 64  #: bytes
+Unit = Literal["T", "R"]
+
+#: The buffer that holds the value named by a field of a fused op. The residual stream is updated
+#: in place. Fields not listed are inputs, outputs, or live in the pages.
+_HOMES: tuple[tuple[type[ops.Op], dict[str, str]], ...] = (
+    (ops.EmbedNorm, {"x": "x", "xw": "xw", "ssq": "ssq"}),
+    (ops.NormQkvRopeKv, {"q": "q"}),
+    (ops.Attention, {"y": "y"}),
+    (ops.OResidual, {"x_out": "x", "xw": "xw", "ssq": "ssq"}),
+    (ops.NormGateUpAct, {"h": "h"}),
+    (ops.DownResidual, {"x_out": "x", "xw": "xw", "ssq": "ssq"}),
+)
+
+#: What the head keeps to itself while it runs.
+_HEAD_SCRATCH = ("logits", "gathered")
 
 
 @dataclass(frozen=True)
-class Lifetime:
-    """A buffer and the phases of a layer, first to last, in which it holds something."""
+class Span:
+    """A buffer holds a value from the op that writes it to the last that reads it (indices)."""
 
-    name: str
-    unit: Literal["T", "R"]
-    nbytes: int
     first: int
     last: int
 
-
-#: Phases of a layer. A buffer lives from the phase that writes it to the last that reads it.
-QKV, ATTENTION, O_PROJ, GATE_UP, DOWN = range(5)
+    def meets(self, other: Span) -> bool:
+        """Whether both live during some op."""
+        return self.first <= other.last and other.first <= self.last
 
 
 def plan_memory(graph: Graph) -> MemoryPlan:
     """Offsets of every activation of a fused graph."""
-    token = place(lifetimes(graph, "T"))
-    row = place(lifetimes(graph, "R"))
-    return MemoryPlan((*token[0], *row[0]), token[1], row[1])
+    alive, widths = lifetimes(graph), buffer_bytes(graph)
+    buffers: list[Buffer] = []
+    totals: dict[Unit, int] = {"T": 0, "R": 0}
+    for name, spans in alive.items():
+        unit: Unit = "R" if name in _HEAD_SCRATCH else "T"
+        rivals = [
+            b
+            for b in buffers
+            if b.unit == unit and any(s.meets(t) for s in spans for t in alive[b.name])
+        ]
+        offset = first_gap(rivals, widths[name])
+        buffers.append(Buffer(name, unit, widths[name], offset))
+        totals[unit] = max(totals[unit], offset + round_up(widths[name], ALIGN))
+    return MemoryPlan(tuple(buffers), totals["T"], totals["R"])
 
 
-def lifetimes(graph: Graph, unit: Literal["T", "R"]) -> list[Lifetime]:
-    """What a fused graph keeps per token or per row."""
-    config, size = graph.config, 2 if graph.dtype == "bf16" else 4
+def first_gap(rivals: list[Buffer], nbytes: int) -> int:
+    """The lowest offset at which ``nbytes`` meet none of ``rivals``."""
+    offset, size = 0, round_up(nbytes, ALIGN)
+    for rival in sorted(rivals, key=lambda b: b.offset):
+        if offset + size <= rival.offset:
+            break
+        offset = max(offset, rival.offset + round_up(rival.nbytes, ALIGN))
+    return offset
+
+
+def lifetimes(graph: Graph) -> dict[str, list[Span]]:
+    """The spans of every buffer, in order of first use. The stream and its sums live to the end:
+    a step may copy the final hidden states out."""
+    end = len(graph.ops) - 1
+    last_read = {name: i for i, op in enumerate(graph.ops) for name in op.reads}
+    spans: dict[str, list[Span]] = {}
+    for index, op in enumerate(graph.ops):
+        for value, home in homes(op).items():
+            span = Span(index, last_read.get(value, end))
+            before = spans.setdefault(home, [])
+            # In place: the op that reads the old stream writes the new one.
+            assert home == "x" or not (before and before[-1].meets(span)), f"{home} is overwritten"
+            before.append(span)
+    for name in _HEAD_SCRATCH:
+        spans[name] = [Span(end, end)]
+    return spans
+
+
+def homes(op: ops.Op) -> dict[str, str]:
+    """Buffer by name of each value that a fused op writes."""
+    for kind, fields in _HOMES:
+        if isinstance(op, kind):
+            return {getattr(op, field): home for field, home in fields.items()}
+    return {}
+
+
+def buffer_bytes(graph: Graph) -> dict[str, int]:
+    """Bytes per unit of every buffer: its padded width."""
+    config, size = graph.config, operand_bytes(graph)
     hidden = round_up(config.hidden_size, LANES)
     heads = round_up(config.num_heads * config.head_dim, LANES)
-    ffn = round_up(config.intermediate_size, PANEL)
-    vocab = round_up(config.vocab_size, PANEL)
-    if unit == "R":
-        return [
-            Lifetime("logits", unit, vocab * 4, QKV, DOWN),
-            Lifetime("gathered", unit, hidden * size, QKV, DOWN),
-        ]
-    return [
-        Lifetime("x", unit, hidden * 4, QKV, DOWN),
-        Lifetime("xw", unit, hidden * size, QKV, DOWN),
-        Lifetime("ssq", unit, hidden // LANES * 4, QKV, DOWN),
-        Lifetime("q", unit, heads * size, QKV, ATTENTION),
-        Lifetime("y", unit, heads * size, ATTENTION, O_PROJ),
-        Lifetime("h", unit, ffn * size, GATE_UP, DOWN),
-    ]
-
-
-def place(buffers: list[Lifetime]) -> tuple[list[Buffer], int]:
-    """First fit in the given order; returns the buffers and the bytes per unit."""
-    placed: list[tuple[Lifetime, Buffer]] = []
-    for want in buffers:
-        size = round_up(want.nbytes, ALIGN)
-        taken = sorted(
-            (b.offset, b.offset + round_up(b.nbytes, ALIGN))
-            for other, b in placed
-            if other.first <= want.last and want.first <= other.last
-        )
-        offset = 0
-        for start, end in taken:
-            if offset + size <= start:
-                break
-            offset = max(offset, end)
-        placed.append((want, Buffer(want.name, want.unit, want.nbytes, offset)))
-    total = max((b.offset + round_up(b.nbytes, ALIGN) for _, b in placed), default=0)
-    return [b for _, b in placed], total
+    return {
+        "x": hidden * FP32_BYTES,
+        "xw": hidden * size,
+        "ssq": hidden // LANES * FP32_BYTES,
+        "q": heads * size,
+        "y": heads * size,
+        "h": round_up(config.intermediate_size, PANEL) * size,
+        "logits": round_up(config.vocab_size, PANEL) * FP32_BYTES,
+        "gathered": hidden * size,
+    }

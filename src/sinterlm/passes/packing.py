@@ -1,7 +1,7 @@
 """Turns checkpoint tensors into the bytes of the packed file, a few panels at a time.
 
-Padding is zeros. NaN and infinity pass through. Never holds more than one checkpoint tensor (of a
-matrix made of several: one of its parts) and one chunk.
+Padding is zeros. NaN and infinity pass through. Holds the checkpoint tensors that one packed tensor
+is made of and two chunks, never a packed tensor whole. Refuses a tensor of another shape or dtype.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sinterlm.errors import CheckpointError
 from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
 from sinterlm.passes.layout import PANEL
 
@@ -19,24 +20,26 @@ PACKER_VERSION = "1"  #: part of the key of packed weights: bump when packed byt
 
 Read = Callable[[str, Literal["bf16", "fp32"]], NDArray[Any]]
 
-#: Columns packed at a time: enough to be fast, small beside any weight that matters.
+#: Most columns and bytes packed at a time: what stays in cache between its two copies is fast.
 _CHUNK_COLUMNS = 16 * PANEL
+_CHUNK_BYTES = 1 << 20
 
 
 def packed_chunks(layout: WeightLayout, read: Read) -> Iterator[tuple[int, memoryview]]:
     """``(offset, bytes)`` of the whole file, ascending. ``read(name, dtype)`` gives a checkpoint
-    tensor [out, in] (or [n]) as uint16 bf16 bits or float32."""
-    source = _Source(read)
+    tensor [out, in] (or [n]) as uint16 bf16 bits or float32. Raises what ``read`` raises, and
+    CheckpointError for a tensor that does not have the rows and columns that the layout counts on.
+    """
     for tensor in layout.tensors:
         offset = tensor.offset
-        for chunk in tensor_chunks(tensor, source):
-            yield offset, memoryview(chunk).cast("B")
+        for chunk in tensor_chunks(tensor, read):
+            yield offset, chunk.reshape(-1).view(np.uint8).data
             offset += chunk.nbytes
 
 
 def pack(tensor: PackedTensor, read: Read) -> NDArray[Any]:
     """One packed tensor whole, flat, as uint16 (bf16) or float32."""
-    return np.concatenate([c.reshape(-1) for c in tensor_chunks(tensor, _Source(read))])
+    return np.concatenate([chunk.reshape(-1) for chunk in tensor_chunks(tensor, read)])
 
 
 def unpack(tensor: PackedTensor, packed: NDArray[Any]) -> NDArray[Any]:
@@ -50,38 +53,43 @@ def unpack(tensor: PackedTensor, packed: NDArray[Any]) -> NDArray[Any]:
     return panels.transpose(0, 2, 1, 3).reshape(tensor.n, tensor.k)
 
 
-class _Source:
-    """Reads checkpoint tensors, keeping the last few: the segments of a matrix interleave them."""
-
-    def __init__(self, read: Read, keep: int = 3) -> None:
-        self._read = read
-        self._keep = keep
-        self._held: dict[tuple[str, str], NDArray[Any]] = {}
-
-    def rows(self, segment: Segment, dtype: Literal["bf16", "fp32"]) -> NDArray[Any]:
-        """Rows [start, stop) of the segment's tensor."""
-        key = (segment.weight, dtype)
-        if key not in self._held:
-            while len(self._held) >= self._keep:
-                del self._held[next(iter(self._held))]
-            self._held[key] = self._read(segment.weight, dtype)
-        return self._held[key][segment.start : segment.stop]
-
-
-def tensor_chunks(tensor: PackedTensor, source: _Source) -> Iterator[NDArray[Any]]:
-    """The packed bytes of one tensor, in order, as contiguous arrays."""
-    element = np.uint16 if tensor.dtype == "bf16" else np.float32
-    for first in range(0, tensor.n, _CHUNK_COLUMNS):
-        columns = np.zeros((min(_CHUNK_COLUMNS, tensor.n - first), tensor.k), element)
-        last = first + len(columns)
+def tensor_chunks(tensor: PackedTensor, read: Read) -> Iterator[NDArray[Any]]:
+    """One packed tensor in order, as C-contiguous arrays of uint16 or float32."""
+    element = np.dtype(np.uint16 if tensor.dtype == "bf16" else np.float32)
+    width = max(PANEL, min(_CHUNK_COLUMNS, _CHUNK_BYTES // (tensor.k * element.itemsize)))
+    width -= width % PANEL
+    sources: dict[str, NDArray[Any]] = {}
+    for first in range(0, tensor.n, width):
+        last = min(first + width, tensor.n)
+        columns = np.zeros((last - first, tensor.k), element)
         for segment in tensor.segments:
-            start, stop = segment.at, segment.at + segment.stop - segment.start
-            lo, hi = max(start, first), min(stop, last)
+            lo, hi = max(segment.at, first), min(_end(segment), last)
             if lo >= hi:
                 continue
-            rows = source.rows(segment, tensor.dtype)[lo - start : hi - start]
-            columns[lo - first : hi - first, : tensor.k_real] = rows.reshape(hi - lo, -1)
+            if segment.weight not in sources:
+                sources[segment.weight] = _matrix(tensor, segment.weight, read)
+            rows = sources[segment.weight][segment.start :][lo - segment.at : hi - segment.at]
+            columns[lo - first : hi - first, : tensor.k_real] = rows
         yield _panels(columns) if tensor.kind == "panels" else columns
+
+
+def _end(segment: Segment) -> int:
+    """One past the last packed column."""
+    return segment.at + segment.stop - segment.start
+
+
+def _matrix(tensor: PackedTensor, weight: str, read: Read) -> NDArray[Any]:
+    """A checkpoint tensor as [rows, k_real]."""
+    found = read(weight, tensor.dtype)
+    needed = max(s.stop for s in tensor.segments if s.weight == weight)
+    expected = (needed,) if tensor.kind == "vector" else (needed, tensor.k_real)
+    element = np.uint16 if tensor.dtype == "bf16" else np.float32
+    if found.shape != expected or found.dtype != element:
+        raise CheckpointError(
+            f"tensor {weight!r} was read as {found.dtype}{list(found.shape)}, and {tensor.name!r} "
+            f"is packed from {np.dtype(element)}{list(expected)}; compile the checkpoint again"
+        )
+    return found.reshape(needed, tensor.k_real)
 
 
 def _panels(columns: NDArray[Any]) -> NDArray[Any]:

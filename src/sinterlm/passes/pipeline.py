@@ -1,4 +1,6 @@
-"""The passes, in order, and why in this order. Every graph in between is verified and dumped."""
+"""The passes, in order, and why in this order. Every graph in between is verified and dumped, and
+means what the first one meant: the reference runs each of them.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Plan
 from sinterlm.ir.text import graph_text
 from sinterlm.ir.verify import verify
 from sinterlm.passes.fuse_attention import fuse_o_residual, fuse_qkv
-from sinterlm.passes.fuse_mlp import fold_norms, fuse_down_residual, fuse_gate_up, fuse_head
+from sinterlm.passes.fuse_ends import fuse_embed, fuse_head
+from sinterlm.passes.fuse_mlp import fuse_down_residual, fuse_gate_up
 from sinterlm.passes.layout import layout_weights
 from sinterlm.passes.memory import plan_memory
+from sinterlm.passes.rewrite import PassError
+
+#: What is left when all passes have run.
+FUSED: tuple[type[ops.Op], ...] = (
+    ops.EmbedNorm,
+    ops.NormQkvRopeKv,
+    ops.Attention,
+    ops.OResidual,
+    ops.NormGateUpAct,
+    ops.DownResidual,
+    ops.NormLmHeadSample,
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +45,19 @@ class Pass:
         return self.run.__name__
 
 
+#: Readers of a norm come first: each leaves a split_norm on the residual stream. Then the writers
+#: of the stream take the split_norms in.
 PIPELINE: tuple[Pass, ...] = (
-    Pass(fuse_qkv, "reads the attention norm, which must still be an op"),
-    Pass(fuse_o_residual, "takes the weight of the MLP norm, so before that norm is gone"),
-    Pass(fuse_gate_up, "reads the MLP norm"),
-    Pass(fuse_down_residual, "finds its matmul behind the fused activation"),
-    Pass(fuse_head, "reads the final norm"),
-    Pass(fold_norms, "last: drops the norms, once nobody reads their output any more"),
+    Pass(fuse_qkv, "splits the attention norms"),
+    Pass(fuse_gate_up, "splits the MLP norms"),
+    Pass(fuse_head, "splits the final norm: after this, no rmsnorm is left"),
+    Pass(fuse_o_residual, "takes in the split MLP norm, so after fuse_gate_up"),
+    Pass(
+        fuse_down_residual,
+        "takes in the next layer's split attention norm or the final one, so after fuse_qkv and "
+        "fuse_head; knows its matmul by the fused activation, so after fuse_gate_up",
+    ),
+    Pass(fuse_embed, "takes in the first layer's split attention norm, so after fuse_qkv"),
 )
 
 
@@ -45,13 +67,22 @@ def plan(graph: Graph, dump_dir: Path | None = None) -> Plan:
     ``dump_dir`` receives ``00-frontend.txt``, then one file per pass. Raises PassError and
     VerifyError, both our own bugs.
     """
+    fused = fuse(graph, dump_dir)
+    return Plan(fused, layout_weights(fused), plan_memory(fused))
+
+
+def fuse(graph: Graph, dump_dir: Path | None = None) -> Graph:
+    """The fused graph alone."""
     verify(graph)
     _dump(graph, 0, "frontend", dump_dir)
     for number, step in enumerate(PIPELINE, start=1):
         graph = step.run(graph)
-        verify(graph, folded=step is PIPELINE[-1])
+        verify(graph)
         _dump(graph, number, step.name, dump_dir)
-    return Plan(graph, layout_weights(graph), plan_memory(graph))
+    for op in graph.ops:
+        if not isinstance(op, FUSED):
+            raise PassError(f"no pass took in {op.kind} of {op.writes[0]!r}")
+    return graph
 
 
 def _dump(graph: Graph, number: int, name: str, dump_dir: Path | None) -> None:
