@@ -13,6 +13,16 @@ __attribute__((format(printf, 2, 3))) inline void append(std::string& to, const 
   to += text;
 }
 
+// Bytes that sl_probe reads per pass: far more than the caches hold.
+inline int64_t probe_bytes() {
+  constexpr int64_t kLeast = int64_t{512} << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  return std::max(kLeast, int64_t{8} * sysconf(_SC_LEVEL3_CACHE_SIZE));
+#else
+  return kLeast;  // musl does not tell
+#endif
+}
+
 inline std::string describe(const ModelSpec& s, const Model* m) {
   std::string out;
   append(out, "{\"abi_version\": %u, \"isa\": \"%s\", \"dtype\": \"%s\", ", SL_ABI_VERSION,
@@ -25,6 +35,7 @@ inline std::string describe(const ModelSpec& s, const Model* m) {
          "\"shape\": {\"num_layers\": %d, \"hidden_size\": %d, \"num_heads\": %d, "
          "\"num_kv_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d, \"vocab_size\": %d}",
          s.num_layers, s.H, s.Hq, s.Hkv, s.D, s.F, s.V);
+  append(out, ", \"probe_bytes\": %lld", (long long)probe_bytes());
   if (m) {
     append(out, ", \"num_threads\": %d, \"huge_pages\": %s", m->pool->count(),
            m->args.flags & SL_OPEN_HUGE_PAGES ? "true" : "false");

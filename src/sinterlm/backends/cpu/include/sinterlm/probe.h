@@ -1,15 +1,9 @@
 // sl_probe: the two roofs of this machine, measured with the model's own workers.
 #pragma once
+#include "sinterlm/describe.h"
 #include "sinterlm/matmul.h"
-#include "sinterlm/open.h"
 
 namespace sl {
-
-// Bytes read per pass: far more than the caches hold.
-inline int64_t probe_bytes() {
-  const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return std::max(int64_t{512} << 20, 8 * l3);
-}
 
 // Sum of `n` floats (a multiple of 128), eight loads in flight.
 inline float sum_floats(const float* p, int64_t n) {

@@ -1,0 +1,159 @@
+"""Whole models through the native step: against the NumPy reference, and against themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sinterlm.ir.reference import RefBatch, RefCache, run
+from sinterlm.runtime.batch import RowSampling
+from tests.native.conftest import MakeTiny
+from tests.native.tiny import CONFIGS, Tiny, prefill, step_batch
+
+IDS = [int(i) for i in np.random.default_rng(1).integers(0, 130, 90)]
+PAGES = [5, 3, 60, 0, 17, 33, 2]
+
+
+def reference_logits(tiny: Tiny, ids: list[int], precision: str) -> np.ndarray:
+    batch = RefBatch(
+        np.array(ids), np.arange(len(ids)), np.zeros(len(ids), np.int64), np.arange(len(ids))
+    )
+    return run(tiny.plan.graph, tiny.weights, batch, RefCache(), precision)["logits"]
+
+
+class TestAgainstReference:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_fp32(self, tiny: MakeTiny, name: str) -> None:
+        made = tiny(name, "fp32")
+        with made.open() as model:
+            got = prefill(model, IDS, PAGES, 40)
+        want = reference_logits(made, IDS, "fp64")
+        assert np.abs(got - want).max() < 2e-4 * np.abs(want).max()
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_bf16(self, tiny: MakeTiny, name: str) -> None:
+        """Far closer to the twin that rounds where kernels do than to exact arithmetic."""
+        made = tiny(name, "bf16")
+        with made.open() as model:
+            got = prefill(model, IDS, PAGES, 64)
+        twin = reference_logits(made, IDS, "bf16")
+        exact = reference_logits(made, IDS, "fp64")
+        error = np.sqrt(np.mean((got - twin) ** 2))
+        assert error < 0.5 * np.sqrt(np.mean((got - exact) ** 2))
+
+
+class TestInvariance:
+    """Row by row the same bytes, however the work is cut."""
+
+    @pytest.mark.parametrize(
+        "name,dtype", [("gqa3-tied-window", "bf16"), ("odd-everything", "fp32")]
+    )
+    def test_chunks_threads_and_pages(self, tiny: MakeTiny, name: str, dtype: str) -> None:
+        made = tiny(name, dtype)
+        with made.open(num_threads=1) as model:
+            want = prefill(model, IDS, PAGES, 64)
+        for threads, chunk, page_tokens in [(1, 1, 16), (2, 7, 32), (3, 33, 48), (7, 64, 16)]:
+            with made.open(num_threads=threads, page_tokens=page_tokens) as model:
+                got = prefill(model, IDS, PAGES[::-1], chunk)
+            assert got.tobytes() == want.tobytes(), (threads, chunk, page_tokens)
+
+    def test_neighbours(self, tiny: MakeTiny) -> None:
+        """A prefill, a decode and a chunk in one step equal the three alone."""
+        made = tiny("gqa5-bias", "bf16")
+        sequences = [(IDS[:40], [1, 2, 3], 20), (IDS[10:51], [4, 5, 6], 40), (IDS[50:53], [7], 0)]
+        with made.open() as model:
+            alone = [prefill(model, ids, pages, 64)[first:] for ids, pages, first in sequences]
+        with made.open() as model:
+            for ids, pages, first in sequences:
+                if first:
+                    prefill(model, ids[:first], pages, 64)
+            runs = [(pages, first, ids[first:]) for ids, pages, first in sequences]
+            together = model.step(step_batch(*runs)).logits
+        assert together is not None
+        assert together.tobytes() == np.concatenate(alone).tobytes()
+
+    def test_dirty_pages(self, tiny: MakeTiny) -> None:
+        """What a page held before is never seen."""
+        made = tiny("gqa3-tied-window", "bf16")
+        with made.open() as model:
+            clean = prefill(model, IDS[:33], [0, 1, 2], 7)
+            prefill(model, IDS[40:88], [2, 1, 0], 48)
+            assert prefill(model, IDS[:33], [0, 1, 2], 7).tobytes() == clean.tobytes()
+
+    def test_copied_and_mapped_weights(
+        self, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made, logits = tiny("gqa5-bias", "bf16"), []
+        for copy in (True, False):
+            monkeypatch.setattr("sinterlm.runtime.model.fits_copy", lambda _, copy=copy: copy)
+            with made.open() as model:
+                assert model.describe()["huge_pages"] is copy
+                logits.append(prefill(model, IDS[:20], PAGES, 20))
+        assert logits[0].tobytes() == logits[1].tobytes()
+
+
+class TestSampling:
+    def test_greedy_and_logprobs(self, tiny: MakeTiny) -> None:
+        made = tiny("gqa5-bias", "bf16")
+        sampling = tuple(RowSampling(num_logprobs=n) for n in (2, 0, -1))
+        with made.open() as model:
+            batch = step_batch(
+                (PAGES, 0, IDS[:30]), rows=[3, 11, 29], sampling=sampling, max_logprobs=2
+            )
+            got = model.step(batch)
+        assert got.logits is not None
+        logits = got.logits.astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        assert got.tokens.tolist() == logits.argmax(1).tolist()
+        np.testing.assert_allclose(got.logprobs[:2], logprobs.max(1)[:2], atol=1e-5)
+        assert got.ranks.tolist() == [1, 1, 0] and np.isnan(got.logprobs[2])
+        assert got.top_ids[0].tolist() == np.argsort(-logits[0])[:2].tolist()
+
+    def test_slots_remember_the_last_token(self, tiny: MakeTiny) -> None:
+        """Token id -1 is what the sequence's slot sampled in the step before."""
+        made = tiny("gqa5-bias", "bf16")
+        greedy = RowSampling(), RowSampling()
+        with made.open(num_slots=4) as model:
+            first = step_batch(
+                ([1], 0, IDS[:5]), ([2], 0, IDS[5:12]), rows=[4, 11], sampling=greedy, slots=[3, 0]
+            )
+            tokens = model.step(first).tokens
+            blind = step_batch(([2], 7, [-1]), ([1], 5, [-1]), slots=[0, 3])
+            seen = step_batch(([2], 7, [int(tokens[1])]), ([1], 5, [int(tokens[0])]))
+            assert model.step(blind).logits.tobytes() == model.step(seen).logits.tobytes()
+
+    def test_a_step_may_draw_nothing(self, tiny: MakeTiny) -> None:
+        made = tiny("gqa5-bias", "bf16")
+        with made.open() as model:
+            want = prefill(model, IDS[:20], [1, 2], 20)[12:]
+            result = model.step(step_batch(([3, 4], 0, IDS[:12]), rows=[], want_logits=False))
+            assert result.tokens.size == 0 and result.logits is None
+            got = model.step(step_batch(([3, 4], 12, IDS[12:20]))).logits
+            assert got is not None and got.tobytes() == want.tobytes()
+
+
+class TestFacts:
+    def test_counters_say_what_ran(self, tiny: MakeTiny) -> None:
+        made = tiny("gqa3-tied-window", "bf16")
+        with made.open() as model:
+            before = model.describe()
+            prefill(model, IDS[:20], [1, 2], 10)
+            after = model.describe()
+        assert [op["calls"] for op in before["ops"]] == [0] * 7
+        calls = {op["name"]: op["calls"] for op in after["ops"]}
+        assert calls["embed_norm"] == calls["norm_lm_head_sample"] == 2
+        assert calls["attention"] == calls["down_residual"] == 6
+        assert all(op["ns"] > 0 for op in after["ops"])
+        assert after["isa"] == made.bundle.manifest.isa and after["num_threads"] == 2
+        assert after["layout_hash"] == made.plan.layout.layout_hash
+        assert after["shape"]["vocab_size"] == 150
+
+    def test_bytes_per_page(self, tiny: MakeTiny) -> None:
+        with tiny("gqa5-bias", "bf16").open() as model:
+            assert model.kv_bytes_per_page(64) == 2 * 64 * 16 * 1 * 2 * 2
+
+    @pytest.mark.slow
+    def test_probe(self, tiny: MakeTiny) -> None:
+        with tiny("gqa5-bias", "bf16").open() as model:
+            gflops, gbytes = model.probe(0.2)
+        assert 1 < gbytes < 2000 and 1 < gflops < 1e6
