@@ -36,6 +36,7 @@ class Row:
     peak_gflops: float
 
     def markdown(self) -> str:
+        """The row of the table."""
         decode = self.decode_gbytes_s / self.peak_gbytes_s
         prefill = self.prefill_gflops / self.peak_gflops
         return (
@@ -100,6 +101,7 @@ def first_token_seconds(cache: str) -> float:
 
 
 def main() -> None:
+    """Measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["smollm2", "qwen2.5-0.5b"])
     parser.add_argument("--rounds", type=int, default=5)

@@ -208,7 +208,10 @@ class OpLib:
         """a[T, K], w[H, K], x[T, H] -> x'[T, H], xw[T, H], ssq[T, Hp/16]."""
         (rows, k), h = a.shape, w.shape[0]
         kp, hp = round_up(k, LANES), round_up(h, LANES)
-        out, ssq = np.full((rows, hp), np.nan, np.float32), np.zeros((rows, hp // LANES), np.float32)
+        out, ssq = (
+            np.full((rows, hp), np.nan, np.float32),
+            np.zeros((rows, hp // LANES), np.float32),
+        )
         xw = np.zeros((rows, hp), np.uint16 if bf16 else np.float32)
         call(
             self.lib.ot_residual, int(bf16), threads, rows, kp, hp,

@@ -1,4 +1,4 @@
-"""Kernels under the address and undefined-behaviour sanitizers, and on aarch64 through emulation."""
+"""Kernels under sanitizers, on aarch64 through emulation, and a look at their machine code."""
 
 from __future__ import annotations
 
