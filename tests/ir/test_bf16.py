@@ -77,13 +77,13 @@ def test_fma_rounds_once(a: float, b: float, c: float) -> None:
 
 
 def test_fma_where_two_roundings_would_show() -> None:
-    """1 + 2^-24 + 2^-70 is above the tie, and float64 cannot say so."""
-    tie = fma(np.float32([2.0**-35]), np.float32([2.0**-35]), np.float32([1.0]))
-    assert tie[0] == 1
-    one_ulp = np.float32(1 + 2.0**-23)
-    a, b = np.float32([2.0**-24 * (1 + 2.0**-23)]), np.float32([1 + 2.0**-23])
-    assert fma(a, b, np.float32([1]))[0] == one_ulp
-    assert fma(-a, b, np.float32([-1]))[0] == -one_ulp
+    """(1 + 2^-12)² is a tie; float64 has no room for the 2^-80 that decides it."""
+    a, c = np.float32([1 + 2.0**-12]), np.float32([2.0**-80])
+    down, up = 1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-23
+    assert fma(a, a, 0 * c)[0] == down  # to even
+    assert fma(a, a, c)[0] == up
+    assert fma(a, a, -c)[0] == down
+    assert fma(-a, a, -c)[0] == -up
 
 
 def test_odd_element_first() -> None:

@@ -77,7 +77,7 @@ def test_filters(fields: dict[str, float], kept: list[int]) -> None:
 
 @given(
     st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=60),
-    st.floats(0.01, 1.0, width=32),
+    st.floats(2.0**-7, 1.0, width=32),
     st.floats(0.0, 1.0, width=32),
     st.integers(0, 70),
 )

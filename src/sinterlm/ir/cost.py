@@ -10,8 +10,6 @@ not counted. A step without sampled rows need not read the head; ``weight_bytes`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from sinterlm.artifact.manifest import OpCost
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
@@ -73,27 +71,3 @@ def _weight_bytes(graph: Graph, weight: str) -> int:
     """Matrices are packed in the graph's dtype, vectors in fp32."""
     matrix = _is_matrix(graph, weight)
     return _size(graph, weight) * (operand_bytes(graph) if matrix else FP32_BYTES)
-
-
-def roof_seconds(
-    costs: Iterable[OpCost],
-    *,
-    tokens: int,
-    rows: int,
-    pairs: int,
-    cached: int,
-    bandwidth: float,
-    flops: float,
-) -> float:
-    """The roof of one step in seconds: the sum over ops of max(bytes / bandwidth, flops / peak).
-
-    ``pairs``: (query, visible key) pairs of a layer; ``cached``: tokens of KV that a layer reads;
-    ``bandwidth`` in bytes/s and ``flops`` in flop/s, both measured on the machine.
-    """
-    total = 0.0
-    for c in costs:
-        moved = c.weight_bytes + tokens * c.bytes_per_token + rows * c.bytes_per_row
-        moved += cached * c.bytes_per_cached_token
-        work = tokens * c.flops_per_token + rows * c.flops_per_row + pairs * c.flops_per_pair
-        total += max(moved / bandwidth, work / flops)
-    return total

@@ -35,6 +35,17 @@ def layout_weights(graph: Graph) -> WeightLayout:
     return _Layout(graph).build()
 
 
+def layout_hash(tensors: Sequence[PackedTensor], nbytes: int) -> int:
+    """The first 8 bytes of the SHA-256 of the layout as text, one tensor per line."""
+    lines = [f"weights {nbytes}"]
+    for t in tensors:
+        parts = (f"{s.weight}[{s.start}:{s.stop}]@{s.at}" for s in t.segments)
+        sizes = f"n={t.n} k={t.k} k_real={t.k_real} offset={t.offset} nbytes={t.nbytes}"
+        lines.append(f"{t.name} {t.kind} {t.dtype} {sizes} {' '.join(parts)}")
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 class _Layout:
     """Places tensors one after the other."""
 
@@ -67,9 +78,7 @@ class _Layout:
                 self.panels("lm_head", [Segment(op.weight, 0, vocab, 0)], vocab, self.hidden)
         tensors = tuple(self.tensors)
         nbytes = round_up(self.end, PANEL_ALIGN)
-        text = "\n".join(map(repr, (*tensors, nbytes)))
-        digest = hashlib.sha256(text.encode()).digest()
-        return WeightLayout(tensors, nbytes, int.from_bytes(digest[:8], "big"))
+        return WeightLayout(tensors, nbytes, layout_hash(tensors, nbytes))
 
     def embed(self, op: EmbedNorm) -> None:
         """The embedding table, unless it is lm_head's panels; the first norm."""
