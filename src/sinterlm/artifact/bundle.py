@@ -86,13 +86,23 @@ def open_bundle(
     raw, digest = read_manifest(folder, euid)
     check_pin(digest, bundle_sha256)
     bundle = Bundle(folder, Manifest.from_json(raw), digest)
-    if bundle.manifest.target == "cpu" and not any_isa:
-        check_isa(bundle.manifest.isa)
+    if not any_isa:
+        _check_machine(bundle.manifest)
     check_safe(bundle.library_path, euid)
     for path, ref in bundle.files():
         whole = ref is not bundle.manifest.weights
         check_content(path, ref.nbytes, ref.sha256 if whole else None)
     return bundle
+
+
+def _check_machine(manifest: Manifest) -> None:
+    """Raises BundleError unless this machine can run what the bundle was built for."""
+    if manifest.target != "cpu":
+        raise BundleError(
+            f"the bundle is built for target {manifest.target!r}, and this version runs cpu alone; "
+            "rebuild it with `sinterlm compile MODEL`"
+        )
+    check_isa(manifest.isa)
 
 
 def read_manifest(folder: Path, euid: int | None = None) -> tuple[bytes, str]:

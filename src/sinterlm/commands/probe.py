@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from sinterlm.artifact.bundle import Bundle
     from sinterlm.engine.llm import LLM
 
-_PROBES = 3
+#: Seconds of one measurement, beside the making of its buffer; it takes the best of many passes.
 _PROBE_S = 0.5
 
 
-def best_of(llm: LLM) -> tuple[float, float]:
-    """(GFLOP/s, GB/s), each the best of three short probes with the model's threads."""
-    found = [llm.model.probe(_PROBE_S) for _ in range(_PROBES)]
-    return max(gflops for gflops, _ in found), max(gbytes for _, gbytes in found)
+def measure(llm: LLM) -> tuple[float, float]:
+    """(GFLOP/s, GB/s) with the model's threads. Raises ResourceError for want of memory."""
+    return llm.model.probe(_PROBE_S)
 
 
 def probe_bundle(bundle: Bundle) -> tuple[float, float]:
@@ -28,7 +27,7 @@ def probe_bundle(bundle: Bundle) -> tuple[float, float]:
     from sinterlm.engine.llm import LLM
 
     with LLM.from_bundle(bundle, EngineOptions(max_num_seqs=1)) as llm:
-        return best_of(llm)
+        return measure(llm)
 
 
 def self_test(config_dir: str, cache_dir: Path) -> tuple[float, float] | None:
@@ -47,6 +46,6 @@ def self_test(config_dir: str, cache_dir: Path) -> tuple[float, float] | None:
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         llm.generate([{"prompt_token_ids": [1, 2, 3]}], params)
         try:
-            return best_of(llm)
+            return measure(llm)
         except ResourceError:
             return None

@@ -25,6 +25,7 @@ class Session:
     llm: LLM
     compile_s: float  #: from the request to its bundle, whether compiled or found in the cache
     load_s: float  #: from the bundle to a model that can step
+    cached: bool  #: whether the bundle was found as it is
 
 
 @contextmanager
@@ -42,11 +43,11 @@ def open_session(compile_options: CompileOptions, engine: EngineOptions) -> Iter
     with TerminalProgress() as progress:
         start = time.perf_counter()
         bundle = compile_model(compile_options, progress)
-        compiled = time.perf_counter()
+        compiled, cached = time.perf_counter(), progress.num_stages == 0
         progress.stage("load")
         llm = LLM.from_bundle(bundle, engine)
     with llm:
-        yield Session(llm, compiled - start, time.perf_counter() - compiled)
+        yield Session(llm, compiled - start, time.perf_counter() - compiled, cached)
 
 
 def options_of(args: argparse.Namespace) -> tuple[CompileOptions, EngineOptions]:

@@ -34,6 +34,7 @@ class TerminalProgress:
     def __init__(self, quiet: bool = False) -> None:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
+        self.num_stages = 0  #: begun so far; a bundle found in the cache takes none
         self._quiet = quiet
         self._show = not quiet and sys.stderr.isatty()
 
@@ -53,6 +54,7 @@ class TerminalProgress:
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         """End the stage before and show ``name``; ``total`` None = a bar that only pulses."""
         self._end_stage()
+        self.num_stages += 1
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, unit=unit)
 

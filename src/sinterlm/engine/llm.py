@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sinterlm.artifact.bundle import Bundle, is_bundle, open_bundle
+from sinterlm.artifact.env import env_int
 from sinterlm.engine.admission import Limits, checked_tokens
 from sinterlm.engine.engine import Engine
 from sinterlm.engine.gate import Gate
@@ -127,7 +128,8 @@ class LLM:
         self._gate = Gate()
         self._request_numbers = itertools.count()
         self._closed = False
-        threads = options.num_threads or (len(options.cpu_ids or ()) or machine.num_cpus)
+        asked = options.num_threads or len(options.cpu_ids or ())
+        threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
         self.model = open_model(
             bundle,
             num_threads=threads,
