@@ -6,10 +6,9 @@
 using namespace sl;
 
 // First row that is not finite, or -1, in *bad; first row without a token, or -1, in *none.
-API int st_sample(int threads, const float* logits, int64_t stride, int V,
-                  const sl_sampling* rows, int num_rows, int max_logprobs, int32_t* tokens,
-                  float* logprobs, int32_t* ranks, int32_t* top_ids, float* top_logprobs,
-                  int32_t* bad, int32_t* none, int repeat) {
+API int st_sample(int threads, const float* logits, int64_t stride, int V, const sl_sampling* rows,
+                  int num_rows, int max_logprobs, int32_t* tokens, float* logprobs, int32_t* ranks,
+                  int32_t* top_ids, float* top_logprobs, int32_t* bad, int32_t* none, int repeat) {
   Pool pool(threads, nullptr);
   Sampler sampler;
   if (!pool.ok() || !sampler.reserve(threads, V, num_rows)) return 1;

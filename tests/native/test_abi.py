@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -224,13 +224,14 @@ BAD_ROWS = [
 ]
 
 
-class TestStep:
-    @pytest.fixture(scope="class")
-    def model(self, model_of: Tiny) -> Model:
-        model = model_of.open(num_slots=2)
+@pytest.fixture(scope="module")
+def model(model_of: Tiny) -> Iterator[Model]:
+    with model_of.open(num_slots=2) as model:
         prefill(model, list(range(20)), [1, 2], 20)
-        return model
+        yield model
 
+
+class TestStep:
     def test_the_good_one_is_good(self, model: Model) -> None:
         assert (model.step(dataclasses.replace(good(), slots=None)).tokens >= 0).all()
 
@@ -271,9 +272,9 @@ class TestStep:
 
     def test_before_alloc_kv(self, model_of: Tiny) -> None:
         sizes = {"num_threads": 1, "max_tokens": 8, "max_seqs": 1, "max_sample_rows": 8}
-        with Model(model_of.bundle, max_model_len=64, **sizes) as model:
-            with pytest.raises(UsageError, match="alloc_kv"):
-                model.step(step_batch(([0], 0, [1])))
+        model = Model(model_of.bundle, max_model_len=64, **sizes)
+        with model, pytest.raises(UsageError, match="alloc_kv"):
+            model.step(step_batch(([0], 0, [1])))
 
     def test_weights_that_overflow(self, model_of: Tiny, tmp_path: Path) -> None:
         """NaN in the weights is an error, not a token."""

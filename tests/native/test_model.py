@@ -30,6 +30,15 @@ class TestAgainstReference:
         want = reference_logits(made, IDS, "fp64")
         assert np.abs(got - want).max() < 2e-4 * np.abs(want).max()
 
+    def test_long_context(self, tiny: MakeTiny) -> None:
+        """Past one chunk of attention and one span of the rope table."""
+        made = tiny("gqa3-tied-window", "fp32")
+        ids = [int(i) for i in np.random.default_rng(2).integers(0, 130, 300)]
+        with made.open() as model:
+            got = prefill(model, ids, list(range(40, 21, -1)), 64)
+        want = reference_logits(made, ids, "fp64")
+        assert np.abs(got - want).max() < 2e-4 * np.abs(want).max()
+
     @pytest.mark.parametrize("name", CONFIGS)
     def test_bf16(self, tiny: MakeTiny, name: str) -> None:
         """Far closer to the twin that rounds where kernels do than to exact arithmetic."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build_tiny(name: str, dtype: str, isa: IsaName, folder: Path) -> Tiny:
+def build_tiny(
+    name: str, dtype: str, isa: IsaName, folder: Path, flags: Sequence[str] = ()
+) -> Tiny:
     graph = plain_graph(CONFIGS[name], dtype)
     weights = random_weights(graph, seed=len(name))
     made = plan(graph)
-    compile_library(emit(made, isa), folder / "model.so", isa)
+    compile_library(emit(made, isa), folder / "model.so", isa, extra_flags=flags)
     write_weights(made, weights, folder / "weights.bin")
     return Tiny(graph, weights, made, bundle_of(made, isa, folder))
 

@@ -108,7 +108,8 @@ typedef struct sl_step_args {
   uint32_t flags; /* SL_STEP_*; at least one */
   int32_t num_seqs;
   int32_t num_tokens;          /* over all sequences */
-  const int32_t* token_ids;    /* [num_tokens]; -1 = the last token sampled in this seq's slot */
+  const int32_t* token_ids;    /* [num_tokens]; a sequence's first may be -1 = the last token that
+                                  was sampled in its slot */
   const int32_t* positions;    /* [num_tokens] consecutive within a sequence */
   const int32_t* query_start;  /* [num_seqs + 1] */
   const int32_t* context_lens; /* [num_seqs] tokens in the cache after this step */

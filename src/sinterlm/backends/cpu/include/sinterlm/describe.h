@@ -1,5 +1,6 @@
 // sl_describe: what this library is and what it has done, as JSON.
 #pragma once
+#include "sinterlm/caches.h"
 #include "sinterlm/open.h"
 
 namespace sl {
@@ -14,14 +15,7 @@ __attribute__((format(printf, 2, 3))) inline void append(std::string& to, const 
 }
 
 // Bytes that sl_probe reads per pass: far more than the caches hold.
-inline int64_t probe_bytes() {
-  constexpr int64_t kLeast = int64_t{512} << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  return std::max(kLeast, int64_t{8} * sysconf(_SC_LEVEL3_CACHE_SIZE));
-#else
-  return kLeast;  // musl does not tell
-#endif
-}
+inline int64_t probe_bytes() { return std::max(int64_t{512} << 20, 8 * l3_bytes()); }
 
 inline std::string describe(const ModelSpec& s, const Model* m) {
   std::string out;

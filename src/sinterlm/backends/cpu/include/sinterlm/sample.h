@@ -77,8 +77,9 @@ class Sampler {
   bool reserve(int workers, int V, int max_rows) {
     V_ = V;
     blocks_ = (V + kVocabBlock - 1) / kVocabBlock;
-    row_bytes_ = (sizeof(float) + sizeof(uint32_t) + sizeof(Candidate)) * ((V + 63) / 64 * 64);
-    stride_ = (row_bytes_ + sizeof(double) * kMassBuckets + 4095) / 4096 * 4096;
+    const size_t per_token = sizeof(float) + sizeof(uint32_t) + sizeof(Candidate);
+    const size_t row = per_token * ((V + 63) / 64 * 64) + sizeof(double) * kMassBuckets;
+    stride_ = (row + 4095) / 4096 * 4096;
     stats_arena_ = Arena::zeroed(sizeof(BlockStats) * blocks_ * max_rows);
     rows_arena_ = Arena::zeroed(stride_ * workers);
     return stats_arena_ && rows_arena_;
@@ -213,7 +214,7 @@ class Sampler {
 
   SampleJob job_{};
   int V_ = 0, blocks_ = 0;
-  size_t row_bytes_ = 0, stride_ = 0;
+  size_t stride_ = 0;  // bytes of one worker's RowScratch
   Arena stats_arena_, rows_arena_;
   std::atomic<int> not_finite_{0}, none_allowed_{0};
 };
