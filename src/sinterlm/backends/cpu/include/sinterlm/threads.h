@@ -285,8 +285,10 @@ class Pool {
     threads_.clear();
   }
 
-  // Long enough for a partner that is running, short against a time slice; nothing where some
-  // worker must be off its CPU for another to run.
+  // Longer than any wait inside a step or between two of them, and bounded, for a partner may be
+  // off its CPU; nothing where some worker must be off its CPU for another to run. Shorter spins
+  // were measured to cost half the speed: workers that sleep at barriers get woken on the CPU of
+  // whoever woke them, and stay stacked there, each too briefly runnable to be moved away.
   int64_t spin_time(int threads) const {
     cpu_set_t cpus;
     CPU_ZERO(&cpus);
@@ -296,7 +298,7 @@ class Pool {
       for (int cpu : cpu_ids_)
         if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &cpus);
     }
-    return CPU_COUNT(&cpus) < threads ? 0 : 75000;
+    return CPU_COUNT(&cpus) < threads ? 0 : 2'000'000;
   }
 
   Team team_;
