@@ -1,14 +1,14 @@
 """The exception tree. Every message says what, which value, and the next command.
 
-    SinterError
-    ├── UsageError            bad flag, field or value given by the user      (exit 2, HTTP 400)
-    │   └── PromptError       a prompt the model cannot take
-    ├── CheckpointError       a checkpoint that is missing, damaged or hostile (exit 2)
-    │   └── UnsupportedModelError   readable, but of a kind we do not compile
-    ├── CompileError          the compiler is missing or failed               (exit 2)
-    ├── BundleError           a bundle or cache entry that cannot be used     (exit 2)
-    ├── ResourceError         memory, disk or KV space that does not suffice  (exit 2)
-    └── RuntimeFault          the native library reported a fault             (exit 2, HTTP 500)
+SinterError
+├── UsageError            bad flag, field or value given by the user      (exit 2, HTTP 400)
+│   └── PromptError       a prompt the model cannot take
+├── CheckpointError       a checkpoint that is missing, damaged or hostile (exit 2)
+│   └── UnsupportedModelError   readable, but of a kind we do not compile
+├── CompileError          the compiler is missing or failed               (exit 2)
+├── BundleError           a bundle or cache entry that cannot be used     (exit 2)
+├── ResourceError         memory, disk or KV space that does not suffice  (exit 2)
+└── RuntimeFault          the native library reported a fault             (exit 2, HTTP 500)
 """
 
 from __future__ import annotations

@@ -56,5 +56,6 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None  #: None = from what the cgroup leaves free
     block_size: int = 64  #: tokens per KV page, a multiple of 16
     num_threads: int | None = None  #: None = the CPUs this process may use
-    cpu_ids: tuple[int, ...] | None = field(default=None)  #: pin worker i to cpu_ids[i]
+    #: Pin worker i to cpu_ids[i]; None = pinned when there is one worker for every CPU.
+    cpu_ids: tuple[int, ...] | None = field(default=None)
     seed: int = 0  #: base seed for requests that give none

@@ -36,12 +36,23 @@ void on_workers(int threads, Fn fn) {
 template <class Fn>
 int with_head_size(int D, Fn fn) {
   switch (D) {
-    case 16: fn(std::integral_constant<int, 16>()); return 0;
-    case 48: fn(std::integral_constant<int, 48>()); return 0;
-    case 64: fn(std::integral_constant<int, 64>()); return 0;
-    case 80: fn(std::integral_constant<int, 80>()); return 0;
-    case 128: fn(std::integral_constant<int, 128>()); return 0;
-    default: return 1;
+    case 16:
+      fn(std::integral_constant<int, 16>());
+      return 0;
+    case 48:
+      fn(std::integral_constant<int, 48>());
+      return 0;
+    case 64:
+      fn(std::integral_constant<int, 64>());
+      return 0;
+    case 80:
+      fn(std::integral_constant<int, 80>());
+      return 0;
+    case 128:
+      fn(std::integral_constant<int, 128>());
+      return 0;
+    default:
+      return 1;
   }
 }
 
@@ -61,8 +72,15 @@ API int ot_residual(int is_bf16, int threads, int T, int K, int Hp, const void* 
     using E = decltype(e);
     Batch b{};
     b.num_tokens = T;
-    const ResidualArgs<E> p{&b,   static_cast<const E*>(a), static_cast<const E*>(w), bias, norm,
-                            x,    {out_x, static_cast<E*>(xw), ssq}, K, Hp};
+    const ResidualArgs<E> p{&b,
+                            static_cast<const E*>(a),
+                            static_cast<const E*>(w),
+                            bias,
+                            norm,
+                            x,
+                            {out_x, static_cast<E*>(xw), ssq},
+                            K,
+                            Hp};
     on_workers(threads, [&](Worker& wk) { residual_matmul<E>(wk, p); });
     return 0;
   });
@@ -74,8 +92,11 @@ API int ot_gate_up(int is_bf16, int threads, int T, int H, int Hp, int Fp, const
     using E = decltype(e);
     Batch b{};
     b.num_tokens = T;
-    const GateUpArgs<E> p{&b,  static_cast<const E*>(xw), ssq, static_cast<const E*>(w), bias,
-                          static_cast<E*>(h), eps, H, Hp, Fp};
+    const GateUpArgs<E> p{&b,   static_cast<const E*>(xw),
+                          ssq,  static_cast<const E*>(w),
+                          bias, static_cast<E*>(h),
+                          eps,  H,
+                          Hp,   Fp};
     on_workers(threads, [&](Worker& wk) { norm_gate_up_act<E>(wk, p); });
     return 0;
   });
@@ -86,8 +107,18 @@ API int ot_lm_head(int is_bf16, int threads, int R, int H, int Hp, int V, int Vp
                    void* gathered) {
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
-    const LmHeadArgs<E> p{static_cast<const E*>(xw), ssq, rows, R, static_cast<const E*>(w), logits,
-                          static_cast<E*>(gathered), eps, H, Hp, V, Vp};
+    const LmHeadArgs<E> p{static_cast<const E*>(xw),
+                          ssq,
+                          rows,
+                          R,
+                          static_cast<const E*>(w),
+                          logits,
+                          static_cast<E*>(gathered),
+                          eps,
+                          H,
+                          Hp,
+                          V,
+                          Vp};
     on_workers(threads, [&](Worker& wk) {
       gather_rows<E>(wk, p);
       wk.barrier();
@@ -102,8 +133,9 @@ API int ot_embed(int is_bf16, int threads, const Step* s, int H, int Hp, const v
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const EmbedArgs<E> p{&b, static_cast<const E*>(table), is_panels != 0, norm,
-                         {x, static_cast<E*>(xw), ssq}, H, Hp};
+    const EmbedArgs<E> p{&b,   static_cast<const E*>(table),  is_panels != 0,
+                         norm, {x, static_cast<E*>(xw), ssq}, H,
+                         Hp};
     on_workers(threads, [&](Worker& wk) { embed_norm<E>(wk, p); });
     return 0;
   });
@@ -116,9 +148,24 @@ API int ot_qkv(int is_bf16, int threads, const Step* s, int H, int Hp, int Hq, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const QkvArgs<E> p{&b,     static_cast<const E*>(xw), ssq, static_cast<const E*>(w), bias,
-                       q_norm, k_norm, cos, sin, static_cast<E*>(q), pages_of<E>(*s), eps, qk_eps,
-                       H,      Hp, Hq, Hkv, Hq * D};
+    const QkvArgs<E> p{&b,
+                       static_cast<const E*>(xw),
+                       ssq,
+                       static_cast<const E*>(w),
+                       bias,
+                       q_norm,
+                       k_norm,
+                       cos,
+                       sin,
+                       static_cast<E*>(q),
+                       pages_of<E>(*s),
+                       eps,
+                       qk_eps,
+                       H,
+                       Hp,
+                       Hq,
+                       Hkv,
+                       Hq * D};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { norm_qkv_rope_kv<E, decltype(d)::value>(wk, p); });
     });
@@ -130,8 +177,15 @@ API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const AttentionArgs<E> p{&b,    static_cast<const E*>(q), static_cast<E*>(y), pages_of<E>(*s),
-                             scale, window, Hq, Hkv, Hq * D};
+    const AttentionArgs<E> p{&b,
+                             static_cast<const E*>(q),
+                             static_cast<E*>(y),
+                             pages_of<E>(*s),
+                             scale,
+                             window,
+                             Hq,
+                             Hkv,
+                             Hq * D};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { attention<E, decltype(d)::value>(wk, p); });
     });

@@ -64,8 +64,9 @@ void check_attention(int is_bf16, int len, int queries, int window, Lcg& g) {
   for (int done = 0; done < len;) {  // a first chunk, then the queries one step at a time
     const int n = done == 0 ? len - queries : 1;
     const int32_t start[2] = {0, n}, context = done + n;
-    const Step s{n,    1,    ids.data(), pos.data() + done, start, &context,
-                 seq.data(), table.data(), pages, page, kv.data(), Hkv * 2 * page * D,
+    const Step s{n,           1,        ids.data(), pos.data() + done,
+                 start,       &context, seq.data(), table.data(),
+                 pages,       page,     kv.data(),  Hkv * 2 * page * D,
                  2 * page * D};
     std::vector<E> q(size_t(n) * Hq * D), y(q.size());
     ot_qkv(is_bf16, 2, &s, H, H, Hq, Hkv, D, xw.data() + size_t(done) * H, ssq.data(), w.data(),

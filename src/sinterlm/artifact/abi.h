@@ -45,14 +45,14 @@ typedef struct sl_open_args {
   int32_t max_sample_rows;  /* most rows sampled in one step */
   int32_t max_model_len;    /* most positions; sizes the rope table */
   float rms_eps;
-  float qk_eps;             /* eps of the per-head norm; ignored when the model has none */
+  float qk_eps; /* eps of the per-head norm; ignored when the model has none */
   float attention_scale;
   float rope_attention_factor;
-  int32_t num_inv_freq;     /* must equal head_dim / 2 */
-  const double* inv_freq;   /* [num_inv_freq] */
-  int32_t num_windows;      /* must equal num_layers */
-  const int32_t* windows;   /* [num_windows] sliding window per layer in tokens, 0 = full */
-  int32_t num_slots;        /* slots that remember a sequence's last sampled token; may be 0 */
+  int32_t num_inv_freq;   /* must equal head_dim / 2 */
+  const double* inv_freq; /* [num_inv_freq] */
+  int32_t num_windows;    /* must equal num_layers */
+  const int32_t* windows; /* [num_windows] sliding window per layer in tokens, 0 = full */
+  int32_t num_slots;      /* slots that remember a sequence's last sampled token; may be 0 */
 } sl_open_args;
 
 /* KV cache of the library's own. Page p of layer l, KV head h starts at
@@ -79,16 +79,16 @@ typedef struct sl_kv {
  * and allowed mask, penalties, temperature, min_p, top_k, top_p, draw. */
 typedef struct sl_sampling {
   uint32_t size;
-  float temperature; /* 0 = greedy, as is anything below 1e-5 */
-  float top_p;       /* (0, 1] */
-  float min_p;       /* [0, 1] */
-  int32_t top_k;     /* 0 = all */
+  float temperature;        /* 0 = greedy, as is anything below 1e-5 */
+  float top_p;              /* (0, 1] */
+  float min_p;              /* [0, 1] */
+  int32_t top_k;            /* 0 = all */
   float repetition_penalty; /* 1 = none; over prompt and output, as in vLLM */
   float presence_penalty;   /* over output */
   float frequency_penalty;  /* over output */
-  uint64_t seed;     /* the draw depends on (seed, position, token id) alone */
-  int32_t position;  /* index of the token being drawn in its sequence */
-  int32_t num_logprobs; /* -1 = none, 0 = the sampled token's, n = also the n best */
+  uint64_t seed;            /* the draw depends on (seed, position, token id) alone */
+  int32_t position;         /* index of the token being drawn in its sequence */
+  int32_t num_logprobs;     /* -1 = none, 0 = the sampled token's, n = also the n best */
   const int32_t* prompt_tokens;
   int32_t num_prompt_tokens;
   const int32_t* output_tokens;
@@ -115,7 +115,7 @@ typedef struct sl_step_args {
   const int32_t* context_lens; /* [num_seqs] tokens in the cache after this step */
   const int32_t* page_table;   /* [num_seqs][page_table_stride] page ids */
   int32_t page_table_stride;
-  const int32_t* slots;        /* [num_seqs] or NULL; where the last sampled token is kept, -1 none */
+  const int32_t* slots; /* [num_seqs] or NULL; where the last sampled token is kept, -1 none */
   const sl_kv* kv;
   int32_t num_sample_rows;
   const int32_t* sample_rows;  /* [num_sample_rows] token indices, ascending */
@@ -142,9 +142,9 @@ typedef struct sl_head_args {
 
 SL_API uint32_t sl_abi_version(void);
 SL_API const char* sl_last_error(void);
-/* JSON: abi_version, isa, dtype, shape, layout_hash, weights_bytes, probe_bytes (the buffer sl_probe
- * takes), and per fused op {name, calls, ns}. Writes at most cap bytes with the final 0 and returns
- * the length needed. model may be NULL (no counters). */
+/* JSON: abi_version, isa, dtype, shape, layout_hash, weights_bytes, probe_bytes (the buffer
+ * sl_probe takes), and per fused op {name, calls, ns}. Writes at most cap bytes with the final 0
+ * and returns the length needed. model may be NULL (no counters). */
 SL_API int64_t sl_describe(const sl_model* model, char* buf, int64_t cap);
 SL_API sl_status sl_open(const sl_open_args* args, sl_model** out);
 SL_API void sl_close(sl_model* model);

@@ -34,7 +34,7 @@ from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import BundleError, PromptError, ResourceError, UsageError
 from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, IsaName
 from sinterlm.runtime.batch import Float32
-from sinterlm.runtime.machine import read_machine
+from sinterlm.runtime.machine import Machine, read_machine
 from sinterlm.runtime.model import Model
 
 Message = Mapping[str, Any]
@@ -128,12 +128,11 @@ class LLM:
         self._gate = Gate()
         self._request_numbers = itertools.count()
         self._closed = False
-        asked = options.num_threads or len(options.cpu_ids or ())
-        threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
+        threads, cpu_ids = _workers(options, machine)
         self.model = open_model(
             bundle,
             num_threads=threads,
-            cpu_ids=options.cpu_ids,
+            cpu_ids=cpu_ids,
             max_tokens=options.max_num_batched_tokens,
             max_seqs=options.max_num_seqs,
             max_sample_rows=self.plan.max_sample_rows,
@@ -345,6 +344,16 @@ class LLM:
         request_id = str(next(self._request_numbers))
         engine.add_request(request_id, prompt.token_ids, params, prompt=prompt.text, stream=stream)
         return request_id
+
+
+def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, ...] | None]:
+    """How many workers, and the CPU of each. One worker for every CPU is pinned unless told
+    otherwise: the scheduler may stack workers that sleep at barriers on one CPU. With fewer, which
+    CPUs are free is the scheduler's knowledge."""
+    asked = options.num_threads or len(options.cpu_ids or ())
+    threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
+    whole = threads == len(machine.cpu_ids) > 1
+    return threads, options.cpu_ids or (machine.cpu_ids if whole else None)
 
 
 def _find_bundle(options: CompileOptions) -> Bundle:

@@ -52,7 +52,7 @@ struct Stream {
 template <class E>
 struct EmbedArgs {
   const Batch* batch;
-  const E* table;            // rows [V][Hp], or panels when tied
+  const E* table;  // rows [V][Hp], or panels when tied
   bool table_is_panels;
   const float* norm_weight;  // [Hp]
   Stream<E> out;
@@ -62,15 +62,15 @@ struct EmbedArgs {
 template <class E>
 struct QkvArgs {
   const Batch* batch;
-  const E* xw;         // [T][Hp]
-  const float* ssq;    // [T][Hp / 16]
-  const E* weight;     // panels; per kv head: G query heads, k, v; each head padded to 16 columns
-  const float* bias;   // vector in packed column order, or null
-  const float* q_norm; // [D] or null
-  const float* k_norm; // [D] or null
-  const float* cos;    // [max_model_len][D / 2]
-  const float* sin;    // [max_model_len][D / 2]
-  E* q;                // [T][Qp]
+  const E* xw;          // [T][Hp]
+  const float* ssq;     // [T][Hp / 16]
+  const E* weight;      // panels; per kv head: G query heads, k, v; each head padded to 16 columns
+  const float* bias;    // vector in packed column order, or null
+  const float* q_norm;  // [D] or null
+  const float* k_norm;  // [D] or null
+  const float* cos;     // [max_model_len][D / 2]
+  const float* sin;     // [max_model_len][D / 2]
+  E* q;                 // [T][Qp]
   Pages<E> pages;
   float eps, qk_eps;
   int H, Hp, Hq, Hkv, Qp;
@@ -109,7 +109,7 @@ struct GateUpArgs {
   const float* bias;  // in packed column order, or null
   E* h;               // [T][Fp]
   float eps;
-  int H, Hp, Fp;      // Fp a multiple of 64
+  int H, Hp, Fp;  // Fp a multiple of 64
 };
 
 template <class E>
@@ -118,9 +118,9 @@ struct LmHeadArgs {
   const float* ssq;     // [T][Hp / 16]
   const int32_t* rows;  // [R] token index of each row
   int num_rows;
-  const E* weight;      // panels [Vp/64]...
-  float* logits;        // [R][Vp]; columns >= V are not to be read
-  E* gathered;          // [R][Hp] scratch for the rows' operands
+  const E* weight;  // panels [Vp/64]...
+  float* logits;    // [R][Vp]; columns >= V are not to be read
+  E* gathered;      // [R][Hp] scratch for the rows' operands
   float eps;
   int H, Hp, V, Vp;
 };

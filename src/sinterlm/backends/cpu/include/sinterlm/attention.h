@@ -62,8 +62,8 @@ inline void softmax_row(AttentionScratch<E, D>& s, int r, const KeyRange& keys, 
   Vec top = none;
   for (int j = begin; j < end; j += kLanes) {
     const int at = keys.base + j;
-    const Vec v = keep_lanes(mul(load(s.score[r] + j), set1(scale)), see_first - at,
-                             see_last - at, none);
+    const Vec v =
+        keep_lanes(mul(load(s.score[r] + j), set1(scale)), see_first - at, see_last - at, none);
     store(s.score[r] + j, v);
     top = max(v, top);
   }
@@ -123,7 +123,8 @@ void attend(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlo
   const int end = q.position + q.tokens;  // one past the last key any row sees
   const int start = p.window > 0 ? std::max(0, q.position - p.window + 1) : 0;
   for (int base = start / kChunk * kChunk; base < end; base += kChunk) {
-    const KeyRange keys{base, std::max(base, start / kLanes * kLanes), std::min(base + kChunk, end)};
+    const KeyRange keys{base, std::max(base, start / kLanes * kLanes),
+                        std::min(base + kChunk, end)};
     score_chunk(s, rows, b, p.pages, q, keys);
     for (int r = 0; r < rows; ++r) {
       const int pos = q.row_position(r);

@@ -14,7 +14,7 @@
 namespace sl {
 
 constexpr int kPanelCols = 64;
-constexpr int kRowBlock = 96;     // rows per pass over a panel: their operands stay in L2
+constexpr int kRowBlock = 96;      // rows per pass over a panel: their operands stay in L2
 constexpr int kDepthBlock = 1024;  // k per pass: 64 columns of bf16 are 128 KB, in L2
 
 // c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
@@ -196,8 +196,7 @@ void residual_matmul(Worker& w, const ResidualArgs<E>& p) {
 template <class E>
 void gather_rows(Worker& w, const LmHeadArgs<E>& p) {
   w.for_each_static(p.num_rows, [&](int r) {
-    std::memcpy(p.gathered + int64_t(r) * p.Hp, p.xw + int64_t(p.rows[r]) * p.Hp,
-                sizeof(E) * p.Hp);
+    std::memcpy(p.gathered + int64_t(r) * p.Hp, p.xw + int64_t(p.rows[r]) * p.Hp, sizeof(E) * p.Hp);
   });
 }
 

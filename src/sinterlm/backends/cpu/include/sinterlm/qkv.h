@@ -11,8 +11,7 @@ inline void head_norm(float* v, const float* weight, float eps) {
   Vec acc = zero();
   for (int i = 0; i < D; i += kLanes) acc = fma(load(v + i), load(v + i), acc);
   const Vec scale = set1(1.0f / __builtin_sqrtf(reduce_add(acc) / static_cast<float>(D) + eps));
-  for (int i = 0; i < D; i += kLanes)
-    store(v + i, mul(mul(load(v + i), scale), load(weight + i)));
+  for (int i = 0; i < D; i += kLanes) store(v + i, mul(mul(load(v + i), scale), load(weight + i)));
 }
 
 // Rotates pairs (i, i + D/2) of one head in place; cos and sin are [D/2] for this position.

@@ -59,8 +59,7 @@ SL_INLINE void store_elems(bf16* p, Vec v) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rne = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i out =
-      _mm512_mask_mov_epi32(rne, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  const __m512i out = _mm512_mask_mov_epi32(rne, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
 }
 #endif

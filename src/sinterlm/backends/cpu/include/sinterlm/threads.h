@@ -285,10 +285,11 @@ class Pool {
     threads_.clear();
   }
 
-  // Longer than any wait inside a step or between two of them, and bounded, for a partner may be
-  // off its CPU; nothing where some worker must be off its CPU for another to run. Shorter spins
-  // were measured to cost half the speed: workers that sleep at barriers get woken on the CPU of
-  // whoever woke them, and stay stacked there, each too briefly runnable to be moved away.
+  // Long enough for a partner that is running, short against a time slice; nothing where some
+  // worker must be off its CPU for another to run. Longer spins were measured to cost eight times
+  // the step on a machine with one other busy process: spinners burn the time that the partner
+  // needs. Hosts that use every CPU should pin: workers that sleep at barriers may otherwise be
+  // woken on the CPU of whoever woke them, and stay stacked there.
   int64_t spin_time(int threads) const {
     cpu_set_t cpus;
     CPU_ZERO(&cpus);
@@ -298,7 +299,7 @@ class Pool {
       for (int cpu : cpu_ids_)
         if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &cpus);
     }
-    return CPU_COUNT(&cpus) < threads ? 0 : 2'000'000;
+    return CPU_COUNT(&cpus) < threads ? 0 : 75'000;
   }
 
   Team team_;
