@@ -317,12 +317,12 @@ class OpLib:
 
     def attention(
         self, step: PagedStep, q: np.ndarray, num_heads: int, scale: float, window: int = 0, *,
-        threads: int = 1,
+        threads: int = 1, parts_floats: int = 1 << 20,
     ) -> np.ndarray:  # fmt: skip
-        """q[T, Hq·D] -> y[T, Hq·D]."""
+        """q[T, Hq·D] -> y[T, Hq·D]; ``parts_floats`` 0 keeps each block on one worker."""
         y = np.full(q.shape, 0x7FC0, np.uint16) if step.bf16 else np.full(q.shape, np.nan, "f4")
         call(
             self.lib.ot_attention, int(step.bf16), threads, step.struct(), num_heads, step.heads,
-            step.dim, float(scale), window, elems(q, step.bf16), y,
+            step.dim, float(scale), window, elems(q, step.bf16), y, parts_floats,
         )  # fmt: skip
         return floats(y)

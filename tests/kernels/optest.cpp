@@ -1,4 +1,6 @@
 // One run-time-shape library per ISA level: every kernel behind a C function, for the op tests.
+#include <vector>
+
 #include "sinterlm/attention.h"
 #include "sinterlm/mlp.h"
 #include "sinterlm/norm.h"
@@ -173,7 +175,8 @@ API int ot_qkv(int is_bf16, int threads, const Step* s, int H, int Hp, int Hq, i
 }
 
 API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, int D, float scale,
-                     int window, const void* q, void* y) {
+                     int window, const void* q, void* y, int parts_floats) {
+  std::vector<float> parts(parts_floats, NAN);
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
@@ -185,7 +188,9 @@ API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, i
                              window,
                              Hq,
                              Hkv,
-                             Hq * D};
+                             Hq * D,
+                             parts.data(),
+                             parts_floats};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { attention<E, decltype(d)::value>(wk, p); });
     });

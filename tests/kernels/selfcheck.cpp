@@ -71,7 +71,7 @@ void check_attention(int is_bf16, int len, int queries, int window, Lcg& g) {
     std::vector<E> q(size_t(n) * Hq * D), y(q.size());
     ot_qkv(is_bf16, 2, &s, H, H, Hq, Hkv, D, xw.data() + size_t(done) * H, ssq.data(), w.data(),
            bias.data(), norm.data(), norm.data(), cos.data(), sin.data(), 1e-5f, 1e-6f, q.data());
-    ot_attention(is_bf16, 2, &s, Hq, Hkv, D, 0.125f, window, q.data(), y.data());
+    ot_attention(is_bf16, 2, &s, Hq, Hkv, D, 0.125f, window, q.data(), y.data(), 1 << 16);
     emit(q), emit(y);
     done += n;
   }

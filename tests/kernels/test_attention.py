@@ -151,6 +151,23 @@ def test_decode_equals_prefill_bit_for_bit(ops: OpLib, bf16: bool, window: int) 
         assert y.tobytes() == prefill[pos : pos + 1].tobytes(), pos
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("window", [0, 300])
+def test_sharing_chunks_among_workers_changes_no_bit(ops: OpLib, bf16: bool, window: int) -> None:
+    """Split over 2, 3 and 7 workers, with room for parts or without, one sequence or three."""
+    for queries, contexts in (([1], [1500]), ([5], [700]), ([1, 1, 2], [257, 1030, 90])):
+        step = PagedStep(queries, contexts, 1, 64, 32, bf16)
+        fill(step, np.random.default_rng(3))
+        q = np.random.default_rng(4).normal(size=(sum(queries), 3 * 64)).astype("f4")
+        alone = ops.attention(step, q, 3, 0.125, window, threads=1)
+        for threads in (2, 3, 7):
+            for room in (0, 1 << 20):
+                shared = ops.attention(
+                    step, q, 3, 0.125, window, threads=threads, parts_floats=room
+                )
+                assert shared.tobytes() == alone.tobytes(), (threads, room, contexts)
+
+
 def test_equal_scores_share_equally(ops: OpLib) -> None:
     step = PagedStep([1], [37], 1, 16, 16, True)
     for pos in range(37):

@@ -54,7 +54,7 @@ FIXED = {
     "attention": (
         ("q", "s.buffer<E>(buf::q)"), ("y", "s.buffer<E>(buf::y)"), ("pages", "pages"),
         ("scale", "s.scale"), ("window", "s.windows[i]"), ("Hq", "Hq"), ("Hkv", "Hkv"),
-        ("Qp", "Qp"),
+        ("Qp", "Qp"), ("parts", "s.parts"), ("parts_floats", "s.parts_floats"),
     ),
     "o_residual": (
         ("a", "s.buffer<E>(buf::y)"), ("x", "s.buffer<float>(buf::x)"), ("out", _STREAM),

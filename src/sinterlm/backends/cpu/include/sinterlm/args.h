@@ -85,6 +85,8 @@ struct AttentionArgs {
   float scale;
   int window;  // 0 = full
   int Hq, Hkv, Qp;
+  float* parts;          // workspace for chunks that several workers share
+  int64_t parts_floats;  // its size; 0 = never share
 };
 
 // o_residual and down_residual: out.x = x + a @ W^T + bias.

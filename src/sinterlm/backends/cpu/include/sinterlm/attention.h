@@ -95,73 +95,180 @@ inline void weigh_chunk(AttentionScratch<E, D>& s, int rows, const Batch& b, con
   }
 }
 
-// (max, sum, out) of the chunks so far and of this one become one.
+// What one chunk gives one row.
+struct Part {
+  const float* out;  // [D]
+  float max, sum;
+};
+
+// (max, sum, out) of the chunks so far and of one more become one.
 template <class E, int D>
-inline void merge_row(AttentionScratch<E, D>& s, int r) {
-  if (s.part_max[r] == -INFINITY) return;
-  const float m = s.max[r] > s.part_max[r] ? s.max[r] : s.part_max[r];
-  float pair[kLanes] = {s.max[r] - m, s.part_max[r] - m};
+inline void merge_row(AttentionScratch<E, D>& s, int r, const Part& part) {
+  if (part.max == -INFINITY) return;
+  const float m = s.max[r] > part.max ? s.max[r] : part.max;
+  float pair[kLanes] = {s.max[r] - m, part.max - m};
   store(pair, exp(load(pair)));
   const Vec old = set1(pair[0]), now = set1(pair[1]);
-  s.sum[r] = s.sum[r] * pair[0] + s.part_sum[r] * pair[1];
+  s.sum[r] = s.sum[r] * pair[0] + part.sum * pair[1];
   s.max[r] = m;
   for (int i = 0; i < D; i += kLanes)
-    store(s.out[r] + i, fma(load(s.part[r] + i), now, mul(load(s.out[r] + i), old)));
+    store(s.out[r] + i, fma(load(part.out + i), now, mul(load(s.out[r] + i), old)));
+}
+
+// The chunks that some row of a block sees: bases [first, last) in steps of kChunk.
+struct ChunkRange {
+  int first, last, start, end;  // start, end: the keys themselves
+  int count() const { return (last - first + kChunk - 1) / kChunk; }
+};
+
+inline ChunkRange chunks_of(const QueryBlock& q, int window) {
+  const int end = q.position + q.tokens;
+  const int start = window > 0 ? std::max(0, q.position - window + 1) : 0;
+  return {start / kChunk * kChunk, end, start, end};
 }
 
 template <class E, int D>
-void attend(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q) {
-  const Batch& b = *p.batch;
-  const int rows = q.rows();
-  for (int r = 0; r < rows; ++r) {
+inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q) {
+  for (int r = 0; r < q.rows(); ++r) {
     const E* from = p.q + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
     std::memcpy(s.query[r], from, sizeof(E) * D);
+  }
+}
+
+// One chunk of one block: leaves part, part_max, part_sum of every row.
+template <class E, int D>
+inline void attend_chunk(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q,
+                         const ChunkRange& range, int base) {
+  const KeyRange keys{base, std::max(base, range.start / kLanes * kLanes),
+                      std::min(base + kChunk, range.end)};
+  score_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
+  for (int r = 0; r < q.rows(); ++r) {
+    const int pos = q.row_position(r);
+    softmax_row(s, r, keys, p.window > 0 ? pos - p.window + 1 : 0, pos + 1, p.scale);
+  }
+  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
+}
+
+template <class E, int D>
+inline void start_rows(AttentionScratch<E, D>& s, int rows) {
+  for (int r = 0; r < rows; ++r) {
     s.max[r] = -INFINITY;
     s.sum[r] = 0;
     std::memset(s.out[r], 0, sizeof(float) * D);
   }
-  const int end = q.position + q.tokens;  // one past the last key any row sees
-  const int start = p.window > 0 ? std::max(0, q.position - p.window + 1) : 0;
-  for (int base = start / kChunk * kChunk; base < end; base += kChunk) {
-    const KeyRange keys{base, std::max(base, start / kLanes * kLanes),
-                        std::min(base + kChunk, end)};
-    score_chunk(s, rows, b, p.pages, q, keys);
-    for (int r = 0; r < rows; ++r) {
-      const int pos = q.row_position(r);
-      softmax_row(s, r, keys, p.window > 0 ? pos - p.window + 1 : 0, pos + 1, p.scale);
-    }
-    weigh_chunk(s, rows, b, p.pages, q, keys);
-    for (int r = 0; r < rows; ++r) merge_row(s, r);
-  }
-  for (int r = 0; r < rows; ++r) {
+}
+
+template <class E, int D>
+inline void store_rows(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q) {
+  for (int r = 0; r < q.rows(); ++r) {
     E* to = p.y + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
     const Vec scale = set1(1.0f / s.sum[r]);
     for (int i = 0; i < D; i += kLanes) store_elems(to + i, mul(load(s.out[r] + i), scale));
   }
 }
 
-// Query blocks per sequence, each at most `tokens` tokens.
-inline int count_blocks(const Batch& b, int seq, int tokens) {
-  return (b.query_start[seq + 1] - b.query_start[seq] + tokens - 1) / tokens;
+// The query blocks of a step; item i is one block for one KV head.
+class Blocks {
+ public:
+  Blocks(const Batch& b, int Hq, int Hkv)
+      : batch_(b), G_(Hq / Hkv), Hkv_(Hkv), tokens_(std::max(1, kAttentionRows / G_)) {
+    for (int s = 0; s < b.num_seqs; ++s) blocks_ += in_seq(s);
+  }
+  int items() const { return blocks_ * Hkv_; }
+  // From the back, so that blocks with long contexts start first and workers finish together.
+  QueryBlock operator[](int item) const {
+    int block = blocks_ - 1 - item / Hkv_, seq = 0;
+    while (block >= in_seq(seq)) block -= in_seq(seq++);
+    const int first = batch_.query_start[seq], len = batch_.query_start[seq + 1] - first;
+    const int t0 = block * tokens_, n = std::min(tokens_, len - t0);
+    return {seq, item % Hkv_, first + t0, n, G_, batch_.context_lens[seq] - len + t0};
+  }
+
+ private:
+  int in_seq(int s) const {
+    return (batch_.query_start[s + 1] - batch_.query_start[s] + tokens_ - 1) / tokens_;
+  }
+  const Batch& batch_;
+  int G_, Hkv_, tokens_, blocks_ = 0;
+};
+
+// Where parts wait to be merged when the chunks of a block go to different workers:
+// [item][chunk][row][D + 2], the last two being max and sum.
+struct Split {
+  int chunks = 1, rows = 0;  // most of any item
+  Split(const Blocks& blocks, int window) {
+    for (int i = 0; i < blocks.items(); ++i) {
+      const QueryBlock q = blocks[i];
+      chunks = std::max(chunks, chunks_of(q, window).count());
+      rows = std::max(rows, q.rows());
+    }
+  }
+  int64_t floats(int items, int D) const { return int64_t(items) * chunks * rows * (D + 2); }
+  float* row(float* parts, int item, int chunk, int r, int D) const {
+    return parts + ((int64_t(item) * chunks + chunk) * rows + r) * (D + 2);
+  }
+};
+
+// Few blocks, long contexts: chunks are the items, merged in order afterwards. The same sums in the
+// same order as attend_blocks, so which of the two runs does not show in the result.
+template <class E, int D>
+void attend_split(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks, const Split& split) {
+  auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
+  w.for_each(blocks.items() * split.chunks, [&](int i) {
+    const int item = i / split.chunks, chunk = i % split.chunks;
+    const QueryBlock q = blocks[item];
+    const ChunkRange range = chunks_of(q, p.window);
+    if (chunk >= range.count()) return;
+    load_query(s, p, q);
+    attend_chunk(s, p, q, range, range.first + chunk * kChunk);
+    for (int r = 0; r < q.rows(); ++r) {
+      float* to = split.row(p.parts, item, chunk, r, D);
+      std::memcpy(to, s.part[r], sizeof(float) * D);
+      to[D] = s.part_max[r];
+      to[D + 1] = s.part_sum[r];
+    }
+  });
+  w.barrier();
+  w.for_each(blocks.items(), [&](int item) {
+    const QueryBlock q = blocks[item];
+    start_rows(s, q.rows());
+    const int chunks = chunks_of(q, p.window).count();
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      for (int r = 0; r < q.rows(); ++r) {
+        const float* from = split.row(p.parts, item, chunk, r, D);
+        merge_row(s, r, {from, from[D], from[D + 1]});
+      }
+    store_rows(s, p, q);
+  });
+}
+
+template <class E, int D>
+void attend_blocks(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks) {
+  auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
+  w.for_each(blocks.items(), [&](int item) {
+    const QueryBlock q = blocks[item];
+    const ChunkRange range = chunks_of(q, p.window);
+    load_query(s, p, q);
+    start_rows(s, q.rows());
+    for (int base = range.first; base < range.last; base += kChunk) {
+      attend_chunk(s, p, q, range, base);
+      for (int r = 0; r < q.rows(); ++r) merge_row(s, r, {s.part[r], s.part_max[r], s.part_sum[r]});
+    }
+    store_rows(s, p, q);
+  });
 }
 
 template <class E, int D>
 void attention(Worker& w, const AttentionArgs<E>& p) {
-  const Batch& b = *p.batch;
-  const int G = p.Hq / p.Hkv, tokens = std::max(1, kAttentionRows / G);
-  auto& scratch = *static_cast<AttentionScratch<E, D>*>(w.scratch);
-  int blocks = 0;
-  for (int s = 0; s < b.num_seqs; ++s) blocks += count_blocks(b, s, tokens);
-  w.for_each(blocks * p.Hkv, [&](int item) {
-    // Longest contexts last in a sequence: take blocks from the back, so that the long ones start
-    // first and the workers finish together.
-    int block = blocks - 1 - item / p.Hkv, seq = 0;
-    while (block >= count_blocks(b, seq, tokens)) block -= count_blocks(b, seq++, tokens);
-    const int first = b.query_start[seq], len = b.query_start[seq + 1] - first;
-    const int t0 = block * tokens, n = std::min(tokens, len - t0);
-    attend(scratch, p,
-           QueryBlock{seq, item % p.Hkv, first + t0, n, G, b.context_lens[seq] - len + t0});
-  });
+  const Blocks blocks(*p.batch, p.Hq, p.Hkv);
+  if (blocks.items() < 4 * w.count && w.count > 1) {
+    const Split split(blocks, p.window);
+    if (split.chunks > 1 && split.floats(blocks.items(), D) <= p.parts_floats) {
+      attend_split<E, D>(w, p, blocks, split);
+      return;
+    }
+  }
+  attend_blocks<E, D>(w, p, blocks);
 }
 
 }  // namespace sl

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "sinterlm/attention.h"
 #include "sinterlm/cpu_check.h"
 #include "sinterlm/error.h"
 #include "sinterlm/sample.h"
@@ -26,7 +27,8 @@ struct Model {
   const ModelSpec* spec = nullptr;
   sl_open_args args{};  // pointers in here are not to be followed after sl_open
   std::unique_ptr<Pool> pool;
-  Arena weights_arena, rope_arena, token_arena, row_arena;
+  Arena weights_arena, rope_arena, token_arena, row_arena, parts_arena;
+  int64_t parts_floats = 0;
   const char* weights = nullptr;
   std::vector<int32_t> windows;  // [num_layers]
   std::list<KvBlock> kv_blocks;
@@ -189,6 +191,14 @@ inline void fill_rope(Model& m, const sl_open_args& a) {
   });
 }
 
+// Attention's workspace: room for every chunk of as many decoding heads as it would share out, but
+// no more than 64 MB; beyond that it shares out fewer, with the same result.
+inline int64_t parts_floats(const ModelSpec& spec, const sl_open_args& a) {
+  const int64_t items = 4 * int64_t{a.num_threads},
+                chunks = (a.max_model_len + kChunk - 1) / kChunk;
+  return std::min(items * chunks * (spec.Hq / spec.Hkv) * (spec.D + 2), int64_t{16} << 20);
+}
+
 inline sl_status make_buffers(Model& m, const sl_open_args& a) {
   const ModelSpec& spec = *m.spec;
   const size_t rope = size_t(2) * a.max_model_len * (spec.D / 2) * sizeof(float);
@@ -197,7 +207,9 @@ inline sl_status make_buffers(Model& m, const sl_open_args& a) {
   m.rope_arena = Arena::zeroed(rope);
   m.token_arena = Arena::zeroed(tokens);
   m.row_arena = Arena::zeroed(rows);
-  if (!m.rope_arena || !m.token_arena || !m.row_arena ||
+  m.parts_floats = parts_floats(spec, a);
+  m.parts_arena = Arena::zeroed(m.parts_floats * sizeof(float));
+  if (!m.rope_arena || !m.token_arena || !m.row_arena || !m.parts_arena ||
       !m.sampler.reserve(a.num_threads, spec.V, a.max_sample_rows))
     return fail(SL_NO_MEMORY, "no memory for %zu bytes of activations", rope + tokens + rows);
   m.windows.assign(a.windows, a.windows + a.num_windows);

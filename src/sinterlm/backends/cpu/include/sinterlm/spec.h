@@ -39,6 +39,8 @@ struct Run {
   const float* sin;
   const int32_t* windows;  // [num_layers]
   float eps, qk_eps, scale;
+  float* parts;  // attention's workspace
+  int64_t parts_floats;
   const int32_t* rows;  // [num_rows] token indices whose logits are wanted
   int num_rows;
   float head_eps;       // eps, or 0 where rows come in normalised

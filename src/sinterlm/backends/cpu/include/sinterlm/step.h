@@ -37,6 +37,8 @@ Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
   run.qk_eps = m.args.qk_eps;
   run.scale = m.args.attention_scale;
   run.head_eps = run.eps;
+  run.parts = static_cast<float*>(m.parts_arena.data());
+  run.parts_floats = m.parts_floats;
   run.counters = m.counters.data();
   run.clock = clock;
   return run;
