@@ -1,7 +1,8 @@
 """Measures what the README claims: decode and prefill against this machine's own roof.
 
-Probes of read bandwidth and of the dot-product peak alternate with the runs; medians of the runs
-against the best probe. Weights of named configs are random: speed does not depend on their values.
+Every run stands between two probes of read bandwidth and of the dot-product peak, and is divided by
+the better of the two; medians over the rounds. On a shared machine the bandwidth itself drifts, so
+its range is printed too. Weights of named configs are random: speed does not depend on them.
 
     python scripts/measure.py [--rounds 5] [MODEL ...]
 """
@@ -25,24 +26,28 @@ PROMPT, DECODE, PREFILL = 16, 64, 512
 
 @dataclass(frozen=True)
 class Row:
-    """One model's medians."""
+    """One model, one entry per round: seconds, and the better of the probes around each."""
 
     model: str
-    decode_tokens_s: float
-    decode_gbytes_s: float
-    prefill_tokens_s: float
-    prefill_gflops: float
-    peak_gbytes_s: float
-    peak_gflops: float
+    weight_bytes: int
+    prefill_flops: float
+    steps: list[float]  #: one decode step
+    prefills: list[float]
+    peaks: list[tuple[float, float]]  #: GFLOP/s, GB/s
 
     def markdown(self) -> str:
         """The row of the table."""
-        decode = self.decode_gbytes_s / self.peak_gbytes_s
-        prefill = self.prefill_gflops / self.peak_gflops
+        step, prefill = statistics.median(self.steps), statistics.median(self.prefills)
+        read = [self.weight_bytes / s / 1e9 for s in self.steps]
+        done = [self.prefill_flops / s / 1e9 for s in self.prefills]
+        decode = statistics.median(r / b for r, (_, b) in zip(read, self.peaks, strict=True))
+        compute = statistics.median(d / f for d, (f, _) in zip(done, self.peaks, strict=True))
+        bandwidths = [b for _, b in self.peaks]
         return (
-            f"| {self.model} | {self.decode_tokens_s:.1f} | {self.decode_gbytes_s:.1f} of "
-            f"{self.peak_gbytes_s:.1f} GB/s ({decode:.0%}) | {self.prefill_tokens_s:.0f} | "
-            f"{self.prefill_gflops:.0f} of {self.peak_gflops:.0f} GFLOP/s ({prefill:.0%}) |"
+            f"| {self.model} | {1 / step:.1f} | {statistics.median(read):.1f} GB/s, "
+            f"{decode:.0%} of {min(bandwidths):.0f}–{max(bandwidths):.0f} | {PREFILL / prefill:.0f} | "
+            f"{statistics.median(done):.0f} GFLOP/s, {compute:.0%} of "
+            f"{max(f for f, _ in self.peaks):.0f} |"
         )
 
 
@@ -66,25 +71,17 @@ def measure(model: str, rounds: int) -> Row:
         pair_flops = sum(op.flops_per_pair for op in ops)
         row_flops = sum(op.flops_per_row for op in ops)
         timed(llm, PREFILL, 8, 0)
-        probes, decodes, prefills = [], [], []
+        probe, steps, prefills, peaks = llm.model.probe(0.4), [], [], []
         for salt in range(rounds):
-            probes.append(llm.model.probe(0.6))
             # The difference of two lengths leaves the prompt and the first token out.
             long, short = timed(llm, PROMPT, DECODE + 1, salt), timed(llm, PROMPT, 1, salt)
-            decodes.append((long - short) / DECODE)
+            steps.append((long - short) / DECODE)
             prefills.append(timed(llm, PREFILL, 1, salt))
-        probes.append(llm.model.probe(0.6))
-        step, prefill = statistics.median(decodes), statistics.median(prefills)
+            after = llm.model.probe(0.4)
+            peaks.append((max(probe[0], after[0]), max(probe[1], after[1])))
+            probe = after
         flops = token_flops * PREFILL + pair_flops * PREFILL * (PREFILL + 1) / 2 + row_flops
-        return Row(
-            model,
-            1 / step,
-            weight_bytes / step / 1e9,
-            PREFILL / prefill,
-            flops / prefill / 1e9,
-            max(b for _, b in probes),
-            max(f for f, _ in probes),
-        )
+        return Row(model, weight_bytes, flops, steps, prefills, peaks)
 
 
 def first_token_seconds(cache: str) -> float:

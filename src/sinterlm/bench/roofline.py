@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from sinterlm.artifact.manifest import OpCost
 
+#: A share of a measured peak above this is not possible from memory: caches held what was counted
+#: as memory traffic, or the probe was disturbed. No such share is ever given.
+MOST_CREDIBLE = 1.02
+
 
 @dataclass(frozen=True)
 class Step:
@@ -55,24 +59,56 @@ class OpLoad:
 
 def load_of(op: OpCost, step: Step, window: int = 0) -> OpLoad:
     """Bytes and flops of ``op`` in ``step`` (the formula of ``OpCost``)."""
-    cached, pairs = step.cached_tokens(window), step.pairs(window)
-    nbytes = (
-        op.weight_bytes
-        + step.num_tokens * op.bytes_per_token
-        + step.num_rows * op.bytes_per_row
-        + cached * op.bytes_per_cached_token
-    )
-    flops = (
-        step.num_tokens * op.flops_per_token
-        + step.num_rows * op.flops_per_row
-        + pairs * op.flops_per_pair
-    )
-    return OpLoad(op.name, op.layer, nbytes, flops)
+    return _load(op, _Totals.of([step], window))
 
 
 def step_loads(ops: Sequence[OpCost], windows: Sequence[int], step: Step) -> list[OpLoad]:
     """Every op of a model in ``step``, in execution order; ``windows`` per layer, 0 = full."""
-    return [load_of(op, step, windows[op.layer] if op.layer >= 0 else 0) for op in ops]
+    return batch_loads(ops, windows, [step])
+
+
+def batch_loads(
+    ops: Sequence[OpCost], windows: Sequence[int], sequences: Sequence[Step]
+) -> list[OpLoad]:
+    """Every op in one step of several sequences: weights are read once for all of them."""
+    totals = {window: _Totals.of(sequences, window) for window in {0, *windows}}
+    return [_load(op, totals[windows[op.layer] if op.layer >= 0 else 0]) for op in ops]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """T, R, C and P of ``OpCost`` over the sequences of a step, for one window."""
+
+    num_tokens: int
+    num_rows: int
+    cached_tokens: int
+    pairs: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[Step], window: int) -> _Totals:
+        return cls(
+            sum(one.num_tokens for one in sequences),
+            sum(one.num_rows for one in sequences),
+            sum(one.cached_tokens(window) for one in sequences),
+            sum(one.pairs(window) for one in sequences),
+        )
+
+
+def _load(op: OpCost, totals: _Totals) -> OpLoad:
+    # A step that samples nothing leaves the head unread.
+    is_idle = totals.num_rows == 0 and op.flops_per_row > 0 and op.flops_per_token == 0
+    nbytes = (
+        (0 if is_idle else op.weight_bytes)
+        + totals.num_tokens * op.bytes_per_token
+        + totals.num_rows * op.bytes_per_row
+        + totals.cached_tokens * op.bytes_per_cached_token
+    )
+    flops = (
+        totals.num_tokens * op.flops_per_token
+        + totals.num_rows * op.flops_per_row
+        + totals.pairs * op.flops_per_pair
+    )
+    return OpLoad(op.name, op.layer, nbytes, flops)
 
 
 def total_bytes(loads: Iterable[OpLoad]) -> int:
@@ -83,3 +119,9 @@ def total_bytes(loads: Iterable[OpLoad]) -> int:
 def roof_seconds(loads: Iterable[OpLoad], bytes_per_s: float, flops_per_s: float) -> float:
     """The roof of a whole step."""
     return sum(load.seconds(bytes_per_s, flops_per_s) for load in loads)
+
+
+def fraction(roof_s: float, measured_s: float) -> float | None:
+    """Share of the roof that was reached; None where it would exceed ``MOST_CREDIBLE``."""
+    share = roof_s / measured_s
+    return share if share <= MOST_CREDIBLE else None
