@@ -43,11 +43,13 @@ class Row:
         decode = statistics.median(r / b for r, (_, b) in zip(read, self.peaks, strict=True))
         compute = statistics.median(d / f for d, (f, _) in zip(done, self.peaks, strict=True))
         bandwidths = [b for _, b in self.peaks]
+        span = f"{min(bandwidths):.0f}–{max(bandwidths):.0f}"
+        peak = max(f for f, _ in self.peaks)
         return (
-            f"| {self.model} | {1 / step:.1f} | {statistics.median(read):.1f} GB/s, "
-            f"{decode:.0%} of {min(bandwidths):.0f}–{max(bandwidths):.0f} | {PREFILL / prefill:.0f} | "
-            f"{statistics.median(done):.0f} GFLOP/s, {compute:.0%} of "
-            f"{max(f for f, _ in self.peaks):.0f} |"
+            f"| {self.model} | {1 / step:.1f} "
+            f"| {statistics.median(read):.1f} GB/s, {decode:.0%} of {span} "
+            f"| {PREFILL / prefill:.0f} "
+            f"| {statistics.median(done):.0f} GFLOP/s, {compute:.0%} of {peak:.0f} |"
         )
 
 
