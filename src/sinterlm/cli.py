@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ _COMMANDS: dict[str, str] = {
     "inspect": "show a bundle or checkpoint: graph, cost per op, packing, memory plan, roofline",
     "doctor": "say what works on this machine and how to mend what does not",
     "cache": "list, shrink or check the cache of compiled code and packed weights",
+    "bench": "measure throughput, kernels or start-up against what this machine can do",
     "demo": "answer one question with the demo model, measure it, and prove batch invariance",
 }
 
@@ -88,6 +90,7 @@ def build_parser(chosen: str | None) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Usage errors exit with 2 as argparse does."""
+    _prepare_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(next((word for word in words if not word.startswith("-")), None))
     args, extra = parser.parse_known_args(words)
@@ -110,6 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(exc, 2)
     except Exception as exc:
         return _report(exc, 70)
+
+
+def _prepare_streams() -> None:
+    """Let no stream end a command: one that the caller closed leads nowhere, a character that the
+    terminal's encoding lacks is shown as ``?``, and a byte that is no text reaches the check of
+    the prompt, which names it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _report(exc: Exception, code: int) -> int:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 
 from sinterlm import __version__
 from sinterlm.artifact import strict, warm
-from sinterlm.artifact.bundle import Bundle, check_pin, is_bundle, open_bundle, parse_pin
+from sinterlm.artifact.bundle import (
+    Bundle,
+    check_compiled_as,
+    check_pin,
+    is_bundle,
+    open_bundle,
+    parse_pin,
+)
 from sinterlm.artifact.cache import CODE, WEIGHTS, Cache, locate_cache
 from sinterlm.artifact.env import env_text
 from sinterlm.artifact.keys import CodeEntry, CodeIdentity, WeightsEntry, WeightsIdentity
@@ -69,7 +76,9 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     folder = bundle_folder(options.model)
     if folder is not None:
         any_isa = options.isa is not None
-        return open_bundle(folder, bundle_sha256=options.bundle_sha256, any_isa=any_isa)
+        finished = open_bundle(folder, bundle_sha256=options.bundle_sha256, any_isa=any_isa)
+        check_compiled_as(finished.manifest, options)
+        return finished
     job = resolve(options, progress or LogProgress())
     bundle = recall(job)
     if bundle is None:

@@ -220,6 +220,8 @@ def test_export_replaces_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
         export_bundle(bundle, tmp_path / "data")
     assert (tmp_path / "data/thesis.txt").exists()
     assert export_bundle(bundle, tmp_path / "fresh/deep").root.is_dir()
+    with pytest.raises(BundleError, match="give -o another folder"):
+        export_bundle(bundle, Path("/dev/null/bundle"))
 
 
 def test_refused_bytes_are_never_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

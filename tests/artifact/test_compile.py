@@ -19,7 +19,9 @@ from sinterlm.artifact.bundle import Bundle, export_bundle
 from sinterlm.artifact.cache import Cache
 from sinterlm.artifact.housekeeping import prune, verify
 from sinterlm.backends.cpu import toolchain
+from sinterlm.commands.inspect import look
 from sinterlm.compile import compile_model
+from sinterlm.engine.llm import _find_bundle
 from sinterlm.errors import BundleError, CheckpointError, CompileError, ResourceError, UsageError
 from sinterlm.ir.plan import Plan
 from sinterlm.options import CompileOptions
@@ -272,6 +274,29 @@ def test_a_bundle_is_a_model(world: World) -> None:
     assert world.work() == (0, 0, 0)
     with pytest.raises(BundleError, match="asks for"):
         world.compile(copy.root, bundle_sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dtype": "fp32"}, "dtype='fp32'.*compiled with dtype=bf16"),
+        ({"isa": "avx512"}, "isa='avx512'"),
+        ({"target": "cuda"}, "target='cuda'"),
+        ({"quantization": "int8"}, "quantization='int8'"),
+        ({"load_format": "dummy"}, "load_format.*a bundle"),
+        ({"revision": "main"}, "revision.*a bundle"),
+        ({"dump_dir": Path("dumps")}, "dump_dir.*a bundle"),
+        ({"code_only": True}, "code_only.*a bundle"),
+    ],
+)
+def test_a_bundle_stays_what_it_is(world: World, changes: dict[str, object], told: str) -> None:
+    bundle = world.compile(write_checkpoint(world.root / "model", 1))
+    same = CompileOptions(str(bundle.root), dtype="bf16", isa=bundle.manifest.isa)  # type: ignore[arg-type]
+    assert compile_model(same) == bundle
+    asked = replace(CompileOptions(str(bundle.root)), **changes)  # type: ignore[arg-type]
+    for open_it in (compile_model, _find_bundle, look):
+        with pytest.raises(UsageError, match=told):
+            open_it(asked)
 
 
 def test_pin_of_a_compiled_model(world: World) -> None:

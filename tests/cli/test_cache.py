@@ -50,8 +50,10 @@ def test_words_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "sha256" in capsys.readouterr().out
     assert cli.main(["cache", "ls", *where]) == 0
     assert "llama-tied-mha" in capsys.readouterr().out
+    assert cli.main(["compile", MODEL, "--isa", "generic", "--code-only", *where]) == 0
+    assert "run it with" not in capsys.readouterr().err, "code alone does not run"
     assert cli.main(["cache", "verify", *where]) == 0
-    assert "3 entries checked, 0 damaged" in capsys.readouterr().out
+    assert "4 entries checked, 0 damaged" in capsys.readouterr().out
 
 
 def test_output_is_a_bundle_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +67,12 @@ def test_output_is_a_bundle_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert call(capsys, *line)["usage"]["completion_tokens"] == 2
     assert cli.main([*line[:-3], "0" * 64]) == 2
     assert "--bundle-sha256" in capsys.readouterr().err
+
+
+def test_json_is_ascii_whatever_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("run", MODEL, "--prompt", "hi", "--max-tokens", "8", "--temperature", "0", "--json")
+    assert cli.main([*line, "--isa", "generic", "--cache-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii() and not json.loads(out)["text"].isascii()

@@ -102,7 +102,9 @@ def test_usage_errors(line: list[str], words: str, capsys: pytest.CaptureFixture
         (["inspect", "smollm2", "--tokens", "9", "--context", "8"], "--context 8"),
         (["inspect", "smollm2", "--gflops", "8"], "--bandwidth-gbps"),
         (["cache", "ls", "--all"], "belong to `cache prune`"),
+        (["inspect", "smollm2", "--context", "8193"], "8193 exceeds the 8192"),
         (["cache", "prune", "--older-than-days", "nan"], "--older-than-days nan"),
+        (["cache", "prune", "--max-bytes", "-1"], "--max-bytes -1"),
     ],
 )
 def test_values_that_cannot_be(
@@ -145,6 +147,35 @@ def test_unknown_variables_are_told_and_injected_ones_are_not(tmp_path: Path) ->
     assert done.returncode == 0
     assert "SINTERLM_CACHE_DIR?" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--cache-dir", "--dump-dir", "-o"])
+def test_an_empty_folder_is_not_the_working_one(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compile", "smollm2", flag, ""])
+    assert "must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(closed: str, tmp_path: Path) -> None:
+    line = f'"{sys.executable}" -m sinterlm.cli cache verify --cache-dir "{tmp_path}" {closed}'
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_streams_take_what_their_encoding_lacks() -> None:
+    program = (
+        "import sys; from sinterlm import cli; from sinterlm.commands import cache\n"
+        "def run(args):\n    print(ascii(sys.stdin.readline()), '\u00fc')\n    return 0\n"
+        "cache.run = run\nsys.exit(cli.main(['cache', 'ls']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, input=b"\xff\n",
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"'\\udcff\\n' ?\n"), done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -102,6 +103,23 @@ def test_defaults_come_from_the_checkpoint() -> None:
         assert len(llm.generate("a")[0].outputs[0].token_ids) <= 3
 
 
+def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    done = llm.generate({"prompt_token_ids": [3] * 100}, params)[0].outputs[0]
+    assert (len(done.token_ids), done.finish_reason) == (28, "length")
+
+
+def test_a_bias_that_leaves_nothing_to_draw_is_refused_alone(llm: LLM) -> None:
+    never = dict.fromkeys(range(vocab_size()), -math.inf)
+    with pytest.raises(UsageError, match="logit_bias forbids all"):
+        llm.generate("a", SamplingParams(logit_bias=never))
+    ending = llm.tokenizer.eos_token_ids
+    only_end = {i: bias for i, bias in never.items() if i not in ending}
+    with pytest.raises(UsageError, match="logit_bias forbids all"):
+        llm.generate("a", SamplingParams(logit_bias=only_end, min_tokens=1))
+    assert llm.generate("a", SamplingParams(logit_bias=only_end))[0].outputs[0].token_ids
+
+
 def test_chat(llm: LLM) -> None:
     talk = [{"role": "user", "content": "hello"}]
     one = llm.chat(talk, GREEDY)
@@ -111,6 +129,8 @@ def test_chat(llm: LLM) -> None:
     assert len(two) == 2 and not (two[0].prompt or "").endswith("assistant\n")
     with pytest.raises(UsageError, match="empty"):
         llm.chat([], GREEDY)
+    with pytest.raises(UsageError, match="put the one into a list"):
+        llm.chat(talk[0], GREEDY)  # type: ignore[arg-type]
 
 
 def test_stream_adds_up_to_generate(llm: LLM) -> None:
@@ -307,6 +327,9 @@ def test_constructor_refuses_before_it_looks_for_a_model() -> None:
         ({"dtype": "int3"}, "int3"),
         ({"block_size": 24}, "block_size=24"),
         ({"num_threads": 0}, "num_threads=0"),
+        ({"cpu_ids": 5}, "cpu_ids=5"),
+        ({"cache_dir": ""}, "cache_dir=''"),
+        ({"seed": None}, "seed=None"),
     ):
         with pytest.raises(UsageError, match=words):
             LLM("/nowhere", **options)  # type: ignore[arg-type]

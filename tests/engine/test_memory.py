@@ -80,7 +80,7 @@ def test_context_left_open_is_what_fits_and_said(caplog: pytest.LogCaptureFixtur
 
 
 def test_next_to_nothing_is_refused() -> None:
-    with pytest.raises(ResourceError, match="KV cache"):
+    with pytest.raises(ResourceError, match=r"KV cache.*raise kv_cache_memory_bytes"):
         plan_kv(manifest(), EngineOptions(kv_cache_memory_bytes=64 * PER_TOKEN), 40 * GB)
 
 
@@ -98,6 +98,10 @@ def test_next_to_nothing_is_refused() -> None:
         ({"block_size": 0}, "block_size=0"),
         ({"num_threads": 0}, "num_threads=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": None}, "seed=None"),
+        ({"cpu_ids": (-1,)}, "cpu_ids names -1"),
+        ({"cpu_ids": ("a",)}, "cpu_ids names 'a'"),
+        ({"cpu_ids": ()}, "cpu_ids is empty"),
         ({"cpu_ids": (0, 1), "num_threads": 3}, "cpu_ids names 2 CPUs and num_threads=3"),
     ],
 )

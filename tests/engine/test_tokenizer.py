@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sinterlm.artifact.text import TextAssets
@@ -61,8 +63,8 @@ def test_damaged_tokenizer(source: str) -> None:
 
 
 def test_text_that_is_no_unicode() -> None:
-    with pytest.raises(PromptError, match="tokenised"):
-        Tokenizer(chat_assets()).encode("\ud800")
+    with pytest.raises(PromptError, match=r"tokenised: character 1 is no Unicode.*UTF-8"):
+        Tokenizer(chat_assets()).encode("a\ud800")
 
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing() -> None:
@@ -133,3 +135,9 @@ def test_text_parts_are_joined() -> None:
 def test_reserved_template_kwargs() -> None:
     with pytest.raises(UsageError, match="messages"):
         Tokenizer(chat_assets()).render_chat(MESSAGES, chat_template_kwargs={"messages": []})
+
+
+@pytest.mark.parametrize("given", [{"chat_template_kwargs": 5}, {"tools": 5}, {"tools": ["f"]}])
+def test_template_variables_of_another_type(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        Tokenizer(chat_assets()).render_chat(MESSAGES, **given)

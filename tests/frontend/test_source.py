@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from sinterlm.errors import CheckpointError, SinterError, UnsupportedModelError, UsageError
 from sinterlm.frontend.decoder import build_graph, check_tensors
 from sinterlm.frontend.gguf import GgufCheckpoint
+from sinterlm.frontend.hf_text import read_text_assets
 from sinterlm.frontend.source import resolve_model
 from tests.frontend.builders import (
     gguf_bytes,
@@ -228,3 +229,13 @@ def test_hub_errors_are_checkpoint_errors(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(SinterError, match=r"org/name: the Hub download failed"):
         resolve_model("org/name")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
+)
+def test_a_broken_link_is_no_file_left_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(CheckpointError, match=f"{name}: no such file"):
+        read_text_assets(tmp_path, {})

@@ -22,6 +22,7 @@ from sinterlm.artifact.safety import check_content, check_safe
 from sinterlm.artifact.storage import commit, disk_errors, require_space, write_file
 from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import BundleError, UsageError
+from sinterlm.options import CompileOptions
 
 _MAX_MANIFEST_BYTES = 64 << 20
 
@@ -119,6 +120,30 @@ def read_manifest(folder: Path, euid: int | None = None) -> tuple[bytes, str]:
     return raw, hashlib.sha256(raw).hexdigest()
 
 
+def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
+    """Raises UsageError where ``options`` asks a finished bundle to be another one."""
+    asked: list[tuple[str, str | None, str]] = [
+        ("dtype", None if options.dtype == "auto" else options.dtype, manifest.dtype),
+        ("isa", options.isa, manifest.isa),
+        ("target", options.target, manifest.target),
+        ("quantization", options.quantization, "None"),
+    ]
+    for name, wanted, have in asked:
+        if wanted not in (None, have):
+            raise UsageError(
+                f"{name}={wanted!r}, and this bundle was compiled with {name}={have}; compile "
+                "the checkpoint again, or leave the option out"
+            )
+    given = {
+        "load_format": options.load_format != "auto",
+        "revision": options.revision is not None,
+        "dump_dir": options.dump_dir is not None,
+        "code_only": options.code_only,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise UsageError(f"{name} has a meaning for checkpoints only, and the model is a bundle")
+
+
 def parse_pin(pin: str | None) -> str | None:
     """A pin in lower case. Raises UsageError where it is no SHA-256."""
     if pin is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", pin):
@@ -163,7 +188,7 @@ def export_bundle(bundle: Bundle, out_dir: Path) -> Bundle:
     out = Path(os.path.abspath(out_dir))
     if out.exists() and not (out.is_dir() and (is_bundle(out) or not any(out.iterdir()))):
         raise UsageError(f"{out} exists and is not a bundle; give -o a new folder")
-    with disk_errors(out):
+    with disk_errors(out, "give -o another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = out.with_name(f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
         folder.mkdir(mode=0o755)

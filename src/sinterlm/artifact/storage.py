@@ -26,7 +26,7 @@ _MOVE = "move the cache with --cache-dir or SINTERLM_CACHE_DIR"
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(where: Path, advice: str = _MOVE) -> Iterator[None]:
     """Turns OSError inside into ResourceError (disk full) or BundleError (not writable)."""
     try:
         yield
@@ -34,11 +34,11 @@ def disk_errors(where: Path) -> Iterator[None]:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk that holds {where} is full ({exc.strerror}); free some space, run "
-                f"`sinterlm cache prune`, or {_MOVE}"
+                f"`sinterlm cache prune`, or {advice}"
             ) from exc
         named = f" {exc.filename}" if exc.filename else ""
         raise BundleError(
-            f"cannot write to {where}:{named} {exc.strerror or exc}; {_MOVE}"
+            f"cannot write to {where}:{named} {exc.strerror or exc}; {advice}"
         ) from exc
 
 

@@ -59,7 +59,8 @@ class RecordingModel(Model):
     @contextmanager
     def recording(self) -> Iterator[list[StepRecord]]:
         """Collect a record of every step that is run inside."""
-        self._records = records = []
+        records: list[StepRecord] = []
+        self._records = records
         try:
             yield records
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sinterlm.runtime.machine import read_machine
 #: Seconds of one probe beside the making of its buffer.
 PROBE_S = 0.5
 
-#: Told what is being measured, for a progress bar.
+#: Told what is measured next; must leave nothing running that would disturb it.
 Tell = Callable[[str], None]
 
 
@@ -36,6 +36,12 @@ def probe(model: RecordingModel) -> Peaks:
     """Bandwidth and peak now. Raises ResourceError for want of memory."""
     gflops, gbytes = model.probe(PROBE_S)
     return Peaks(gbytes * 1e9, gflops * 1e9)
+
+
+def peaks_around(probes: Sequence[Peaks], case: int, num_cases: int) -> list[Peaks]:
+    """For each round of ``case``, the better of the probes before and after its run, where
+    ``probes`` holds one before each run of ``num_cases`` interleaved cases and one at the end."""
+    return [Peaks.best(probes[i : i + 2]) for i in range(case, len(probes) - 1, num_cases)]
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:

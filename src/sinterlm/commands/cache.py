@@ -8,12 +8,10 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sinterlm.commands.flags import HELP, parse_size
+from sinterlm.commands.flags import HELP, parse_folder, parse_size
 from sinterlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sinterlm.artifact.cache import Cache
 
 _UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -28,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(exit code 1 when something is damaged)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--cache-dir", type=_path, metavar="DIR", help=HELP["cache_dir"])
+    parser.add_argument("--cache-dir", type=parse_folder, metavar="DIR", help=HELP["cache_dir"])
     group = parser.add_argument_group(
         "prune", "without a limit only leftovers of killed processes are removed"
     )
@@ -44,12 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--all", action="store_true", help="remove everything not in use")
 
 
-def _path(text: str) -> Path:
-    from pathlib import Path
-
-    return Path(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """Do the action; 1 when ``verify`` found damage. Raises UsageError for misplaced limits."""
     from sinterlm.artifact.cache import Cache, locate_cache
@@ -59,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--older-than-days, --max-bytes and --all belong to `cache prune`")
     if args.older_than_days is not None and not args.older_than_days >= 0:
         raise UsageError(f"--older-than-days {args.older_than_days} must be 0 or more")
+    if args.max_bytes is not None and args.max_bytes < 0:
+        raise UsageError(f"--max-bytes {args.max_bytes} must be 0 or more")
     cache = Cache.at(locate_cache(args.cache_dir))
     if args.action == "ls":
         return _ls(cache, args.json)

@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinterlm.commands.flags import add_option_flags, options_from
+from sinterlm.commands.flags import add_option_flags, options_from, parse_folder
 from sinterlm.options import CompileOptions
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=parse_folder,
         metavar="DIR",
         help="also write a self-contained copy of the bundle here",
     )
@@ -84,4 +83,5 @@ def _print(facts: dict[str, Any], name: object) -> None:
         f"{show_bytes(facts['weights_bytes'])}, {facts['seconds']:.1f} s"
     )
     print(f"bundle  {facts['bundle']}\nsha256  {facts['bundle_sha256']}")
-    print(f"run it with: sinterlm run {name} --chat", file=sys.stderr)
+    if facts["weights_bytes"]:
+        print(f"run it with: sinterlm run {name} --chat", file=sys.stderr)

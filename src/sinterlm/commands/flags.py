@@ -55,6 +55,13 @@ def parse_size(text: str) -> int:
         ) from None
 
 
+def parse_folder(text: str) -> Path:
+    """A folder; not the empty text, which would mean the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder must not be empty")
+    return Path(text)
+
+
 def parse_cpu_ids(text: str) -> tuple[int, ...]:
     """CPU numbers from ``0-3,8``."""
     ids: list[int] = []
@@ -83,6 +90,8 @@ _PARSERS: dict[str, Any] = {
     "dtype": parse_dtype,
     "kv_cache_memory_bytes": parse_size,
     "cpu_ids": parse_cpu_ids,
+    "cache_dir": parse_folder,
+    "dump_dir": parse_folder,
 }
 _METAVARS: dict[str, str] = {
     "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens in the cache after the step (default: 1024, or --tokens)",
+        help="tokens in the cache after the step (default: 1024, or --tokens if more)",
     )
     group = parser.add_argument_group("roofline")
     group.add_argument(
@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     from sinterlm.commands.inspect_view import print_subject
 
     options = options_from(args, CompileOptions)
-    step = _step(args)
     given = _given_machine(args)
     subject = look(options)
+    step = _step(args, subject.max_model_len)
     machine = given or (_probe(options) if args.probe else None)
     facts = gather(subject, step, machine)
     if args.json:
@@ -102,14 +102,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _step(args: argparse.Namespace) -> tuple[int, int]:
+def _step(args: argparse.Namespace, max_model_len: int) -> tuple[int, int]:
     """(tokens, context) of the step. Raises UsageError."""
     tokens = args.tokens
-    context = max(tokens, 1024) if args.context is None else args.context
+    context = max(tokens, min(1024, max_model_len)) if args.context is None else args.context
     if tokens < 1:
         raise UsageError(f"--tokens {tokens} must be at least 1")
     if context < tokens:
         raise UsageError(f"--context {context} must be at least --tokens {tokens}")
+    if context > max_model_len:
+        raise UsageError(f"a context of {context} exceeds the {max_model_len} tokens of this model")
     return tokens, context
 
 
@@ -139,10 +141,12 @@ def _probe(options: CompileOptions) -> Slopes:
 
 def look(options: CompileOptions) -> Subject:
     """Open a bundle, or plan a checkpoint without reading its weights."""
-    from sinterlm.artifact.bundle import is_bundle, open_bundle
+    from sinterlm.artifact.bundle import check_compiled_as, is_bundle, open_bundle
 
     if is_bundle(options.model):
-        return _of_bundle(open_bundle(options.model, bundle_sha256=options.bundle_sha256))
+        bundle = open_bundle(options.model, bundle_sha256=options.bundle_sha256)
+        check_compiled_as(bundle.manifest, options)
+        return _of_bundle(bundle)
     from sinterlm import compile as compiler
     from sinterlm.commands.ui import TerminalProgress
     from sinterlm.ir.cost import plan_costs

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = _prompt(args, session)
         if args.json:
             output = session.llm.generate(prompt, params)[0]
-            print(json.dumps(result(session, output), ensure_ascii=False))
+            print(json.dumps(result(session, output)))  # ASCII: safe in any locale
         else:
             output = stream_answer(session, prompt, params)
             print(summary(session, output), file=sys.stderr)

@@ -83,9 +83,12 @@ def make_group(
         )
     group = RequestGroup(request_id, prompt, params, time.perf_counter(), stream=stream)
     ending = frozenset(params.stop_ids) | _eos(params, tokenizer, limits)
+    _check_drawable(params, ending, limits.vocab_size)
+    room = limits.max_model_len - len(tokens)
+    num_new = room if params.max_tokens is None else min(params.max_tokens, room)
     for index in range(params.n):
         seed = _seed(params.seed, index, engine_seed, first_arrival + index)
-        buffer = TokenBuffer(tokens, params.max_tokens)
+        buffer = TokenBuffer(tokens, num_new)
         row, row_after_min_tokens = _rows(params, tokens, seed, ending)
         group.requests.append(
             Request(
@@ -93,7 +96,7 @@ def make_group(
                 index=index,
                 arrival=first_arrival + index,
                 tokens=buffer,
-                max_total_tokens=min(len(tokens) + params.max_tokens, limits.max_model_len),
+                max_total_tokens=len(tokens) + num_new,
                 row=row,
                 row_after_min_tokens=row_after_min_tokens,
                 stop_token_ids=ending,
@@ -108,6 +111,13 @@ def _eos(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> frozen
     if params.ignore_eos:
         return frozenset()
     return frozenset(i for i in tokenizer.eos_token_ids if 0 <= i < limits.vocab_size)
+
+
+def _check_drawable(params: SamplingParams, ending: frozenset[int], vocab_size: int) -> None:
+    """Refuse a bias that, with the tokens that min_tokens bars, leaves nothing to draw."""
+    barred = {i for i, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+    if barred and len(barred | (ending if params.min_tokens else set())) >= vocab_size:
+        raise UsageError(f"logit_bias forbids all {vocab_size} tokens that could be drawn")
 
 
 def _text_stream(

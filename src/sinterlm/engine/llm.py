@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from sinterlm.artifact.bundle import Bundle, is_bundle, open_bundle
+from sinterlm.artifact.bundle import Bundle, check_compiled_as, is_bundle, open_bundle
 from sinterlm.artifact.env import env_int
 from sinterlm.engine.admission import Limits, checked_tokens
 from sinterlm.engine.engine import Engine
@@ -79,7 +79,7 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             block_size=block_size,
             num_threads=num_threads,
-            cpu_ids=None if cpu_ids is None else tuple(cpu_ids),
+            cpu_ids=_cpu_ids(cpu_ids),
             seed=seed,
         )
         check_options(engine_options)
@@ -93,7 +93,7 @@ class LLM:
             seed=seed,
             max_model_len=max_model_len,
             revision=revision,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=None if cache_dir is None else _folder("cache_dir", cache_dir),
             bundle_sha256=bundle_sha256,
         )
         self._load(_find_bundle(compile_options), engine_options, Model)
@@ -195,6 +195,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several at once; as ``generate`` otherwise."""
+        if isinstance(messages, Mapping):
+            raise UsageError("messages must be a list of messages; put the one into a list")
         many = bool(messages) and isinstance(messages[0], list | tuple)
         conversations = messages if many else [messages]
         prompts = [
@@ -356,10 +358,27 @@ def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, 
     return threads, options.cpu_ids or (machine.cpu_ids if whole else None)
 
 
+def _cpu_ids(given: object) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError(f"cpu_ids={given!r} must be a list of CPU numbers")
+    return tuple(given)
+
+
+def _folder(name: str, given: str | Path) -> Path:
+    # Path("") is the working directory: nobody who passes an empty text means that.
+    if given == "" or not isinstance(given, str | Path):
+        raise UsageError(f"{name}={given!r} must be a folder")
+    return Path(given)
+
+
 def _find_bundle(options: CompileOptions) -> Bundle:
     """The bundle of ``options``: the given folder, or what the compiler makes or has made."""
     if is_bundle(options.model):
-        return open_bundle(options.model, bundle_sha256=options.bundle_sha256)
+        bundle = open_bundle(options.model, bundle_sha256=options.bundle_sha256)
+        check_compiled_as(bundle.manifest, options)
+        return bundle
     from sinterlm.compile import compile_model  # the one crossing, and only when it is needed
 
     return compile_model(options)

@@ -50,7 +50,7 @@ def check_options(options: EngineOptions) -> None:
         ("seed", options.seed, 0, 2**64 - 1),
     ]
     for name, value, low, high in bounds:
-        if value is None:
+        if value is None and name != "seed":
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UsageError(f"{name}={value!r} must be an integer between {low} and {high}")
@@ -61,7 +61,12 @@ def check_options(options: EngineOptions) -> None:
             f"max_num_seqs={options.max_num_seqs} exceeds "
             f"max_num_batched_tokens={options.max_num_batched_tokens}; each sequence needs a token"
         )
-    ids = options.cpu_ids
+    ids: tuple[object, ...] | None = options.cpu_ids
+    for cpu in () if ids is None else ids:
+        if isinstance(cpu, bool) or not isinstance(cpu, int) or not 0 <= cpu < 4096:
+            raise UsageError(f"cpu_ids names {cpu!r}, which is no CPU number")
+    if ids is not None and not ids:
+        raise UsageError("cpu_ids is empty; name a CPU for each worker, or leave it out")
     if ids is not None and options.num_threads not in (None, len(ids)):
         raise UsageError(
             f"cpu_ids names {len(ids)} CPUs and num_threads={options.num_threads}; give as many"
@@ -88,10 +93,12 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
     if num_pages < pages_of_one:
         fits = num_pages * page_tokens
         if options.max_model_len is not None or fits < min(limit, _LEAST_CONTEXT):
+            given = options.kv_cache_memory_bytes is not None
+            more = "raise kv_cache_memory_bytes" if given else "give the process more memory"
             raise ResourceError(
                 f"one context of {wanted} tokens needs {_show(pages_of_one * page_bytes)} of KV "
                 f"cache and {_show(budget)} can be had, enough for {fits} tokens; lower "
-                "max_model_len, or give the process more memory"
+                f"max_model_len, or {more}"
             )
         logging.getLogger("sinterlm").warning(
             "memory leaves room for a context of %d tokens of this model's %d", fits, limit

@@ -15,6 +15,7 @@ from sinterlm.errors import UsageError
 MAX_LOGPROBS = 20  #: most alternatives per token, as in vLLM and the OpenAI protocol
 MAX_STOP_STRINGS = 64
 MAX_COMPLETIONS = 1024
+_LEAST_FP32 = 1.2e-38  #: what is smaller may arrive in the library as 0
 
 #: generation_config.json keys that set sampling defaults -> our field, as in vLLM.
 _GENERATION_KEYS = {
@@ -43,7 +44,7 @@ class SamplingParams:
     stop: str | Iterable[str] | None = None  #: stored as a tuple
     stop_token_ids: Iterable[int] | None = None  #: stored as a tuple
     min_tokens: int = 0  #: no eos, stop token or stop string before this many tokens
-    max_tokens: int = 16
+    max_tokens: int | None = 16  #: None = as many as the context has room for
     logprobs: int | None = None  #: alternatives per token, 0 = the drawn token alone
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None  #: token id -> added to its raw logit
@@ -62,7 +63,7 @@ class SamplingParams:
                      "detokenize"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "must be True or False")
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _bad("min_tokens", self.min_tokens, f"exceeds max_tokens={self.max_tokens}")
         if self.stop and not self.detokenize:
             raise _bad("stop", self.stop, "needs detokenize=True")
@@ -109,8 +110,7 @@ def default_sampling_params(generation: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**given)
     except UsageError as exc:
         raise UsageError(
-            f"generation_config.json holds an unusable default: {exc}; "
-            "correct the file or pass sampling_params"
+            f"generation_config.json holds an unusable default: {exc}; correct the file"
         ) from exc
 
 
@@ -127,14 +127,15 @@ def _check_numbers(params: SamplingParams) -> None:
     _integer("top_k", params.top_k, -1, 2**31 - 1)
     _number("min_p", params.min_p, 0.0, 1.0)
     _number("repetition_penalty", params.repetition_penalty, 0.0, math.inf)
-    if params.repetition_penalty == 0:
+    if params.repetition_penalty < _LEAST_FP32:
         raise _bad("repetition_penalty", params.repetition_penalty, "must be above 0")
     _number("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _number("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
     if params.seed is not None:
         _integer("seed", params.seed, 0, 2**64 - 1)
     _integer("min_tokens", params.min_tokens, 0, 2**31 - 1)
-    _integer("max_tokens", params.max_tokens, 1, 2**31 - 1)
+    if params.max_tokens is not None:
+        _integer("max_tokens", params.max_tokens, 1, 2**31 - 1)
     if params.logprobs is not None:
         _integer("logprobs", params.logprobs, 0, MAX_LOGPROBS)
 

@@ -42,7 +42,7 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
     """UTF-8 contents of a regular file of at most ``limit`` bytes. Raises CheckpointError."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+            raise CheckpointError(f"{path}: no such file, or no regular one; download it again")
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"{path}: {size} bytes, more than the {limit} such a file may be")

@@ -6,6 +6,7 @@ whoever needs it to report.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read_text_assets(directory: Path, config: dict[str, Any]) -> TextAssets:
     settings = _optional_json(directory / "tokenizer_config.json")
     generation = _optional_json(directory / "generation_config.json")
     tokenizer_path = directory / "tokenizer.json"
-    tokenizer_json = read_text(tokenizer_path) if tokenizer_path.is_file() else None
+    tokenizer_json = read_text(tokenizer_path) if os.path.lexists(tokenizer_path) else None
     fields = Fields(settings, str(directory / "tokenizer_config.json"))
     special = _special_tokens(_optional_json(directory / "special_tokens_map.json"))
     special |= _special_tokens(settings)
@@ -57,14 +58,15 @@ def read_text_assets(directory: Path, config: dict[str, Any]) -> TextAssets:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    # A link that leads nowhere is a download cut short, never a file that was left out.
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _chat_template(directory: Path, fields: Fields) -> str | None:
     """``chat_template.jinja`` wins; in the config a string, or a list of {name, template} of which
     the one called "default" is meant."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if os.path.lexists(path):
         return read_text(path)
     value = fields.data.get("chat_template")
     if isinstance(value, list):

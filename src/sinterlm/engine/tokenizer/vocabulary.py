@@ -54,7 +54,9 @@ class Tokenizer:
                 return ids
             plain: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError, ValueError) as exc:
-            raise PromptError(f"the prompt cannot be tokenised: {exc}") from exc
+            raise PromptError(
+                f"the prompt cannot be tokenised: {_why_not_text(text, exc)}"
+            ) from exc
         return _with_bos(ids, plain, self.assets.bos_token_id, add_bos)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -95,6 +97,10 @@ class Tokenizer:
 
         Raises UsageError when there is no template, it refuses the messages, or it breaks a limit.
         """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise UsageError(f"chat_template_kwargs={chat_template_kwargs!r} must be an object")
+        if tools is not None and not _are_objects(tools):
+            raise UsageError("tools must be a list of objects")
         extra = dict(chat_template_kwargs or {})
         reserved = {"messages", "tools", "add_generation_prompt"} & set(extra)
         if reserved:
@@ -114,7 +120,8 @@ class Tokenizer:
         if self._template is None:
             if self.assets.chat_template is None:
                 raise UsageError(
-                    "this model has no chat template; use a plain prompt, or pass chat_template="
+                    "this model has no chat template; use a plain prompt, or in Python pass "
+                    "chat_template="
                 )
             self._template = ChatTemplate(self.assets.chat_template)
         return self._template
@@ -143,6 +150,19 @@ def _load_tokenizer(source: str | None) -> tokenizers.Tokenizer | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _why_not_text(text: object, exc: Exception) -> str:
+    """What is wrong with ``text``: mostly a byte that was no UTF-8 when it was read."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as bad:
+        return f"character {bad.start} is no Unicode character; give valid UTF-8"
+    return str(exc)
+
+
+def _are_objects(items: object) -> bool:
+    return isinstance(items, list | tuple) and all(isinstance(item, Mapping) for item in items)
 
 
 def _with_bos(ids: list[int], plain: list[int], bos: int | None, add: bool) -> list[int]:
