@@ -67,6 +67,15 @@ def test_output_is_a_bundle_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert call(capsys, *line)["usage"]["completion_tokens"] == 2
     assert cli.main([*line[:-3], "0" * 64]) == 2
     assert "--bundle-sha256" in capsys.readouterr().err
+    assert cli.main(["compile", str(out), "--max-model-len", "7", *where]) == 2
+    assert "--max-model-len 7" in capsys.readouterr().err
+
+
+def test_a_file_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for action in ("ls", "prune", "verify"):
+        assert cli.main(["cache", action, "--cache-dir", str(tmp_path / "file")]) == 2
+        assert "is a file" in capsys.readouterr().err
 
 
 def test_json_is_ascii_whatever_the_text(

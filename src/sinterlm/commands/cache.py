@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_bytes is not None and args.max_bytes < 0:
         raise UsageError(f"--max-bytes {args.max_bytes} must be 0 or more")
     cache = Cache.at(locate_cache(args.cache_dir))
+    if cache.root.exists() and not cache.root.is_dir():
+        raise UsageError(f"--cache-dir {cache.root} is a file; give the folder of a cache")
     if args.action == "ls":
         return _ls(cache, args.json)
     if args.action == "prune":

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sinterlm.commands.flags import add_option_flags, options_from, parse_folder
+from sinterlm.errors import UsageError
 from sinterlm.options import CompileOptions
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ def run(args: argparse.Namespace) -> int:
     from sinterlm.commands.ui import TerminalProgress
     from sinterlm.compile import compile_model
 
-    start = time.perf_counter()
+    start, options = time.perf_counter(), options_from(args, CompileOptions)
     with TerminalProgress() as progress:
-        bundle = compile_model(options_from(args, CompileOptions), progress)
+        bundle = compile_model(options, progress)
+        have = bundle.manifest.max_model_len
+        if options.max_model_len not in (None, have):  # only a finished bundle can disagree
+            raise UsageError(
+                f"--max-model-len {options.max_model_len}, and this bundle was compiled with "
+                f"{have}; compile the checkpoint again, or give a shorter context to `sinterlm run`"
+            )
         if args.output is not None:
             progress.stage("copy the bundle")
             bundle = export_bundle(bundle, args.output)
