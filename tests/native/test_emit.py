@@ -60,6 +60,15 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="head_dim 20"):
             emit(plan(plain_graph(config(head_dim=20), "bf16")), "avx2")
 
+    @pytest.mark.parametrize(("heads", "refused"), [(48, False), (49, True)])
+    def test_heads_of_a_group(self, heads: int, refused: bool) -> None:
+        wide = plan(plain_graph(config(heads=heads, kv_heads=1, head_dim=16), "bf16"))
+        if refused:
+            with pytest.raises(UnsupportedModelError, match="at most 48 times as many"):
+                emit(wide, "avx2")
+        else:
+            assert "Hq = 48" in emit(wide, "avx2")
+
     def test_plain_ops(self, made: Plan) -> None:
         graph = plain_graph(CONFIGS["gqa5-bias"], "bf16")
         with pytest.raises(CompileError, match="op embed has no CPU kernel"):

@@ -25,6 +25,9 @@ from sinterlm.ir.plan import Buffer, PackedTensor, Plan
 #: Columns that a kernel finishes together; every head must be a whole number of them.
 LANES = 16
 
+#: Query heads per KV head that fit attention's working set (kAttentionRows of attention.h).
+MAX_GROUP = 48
+
 _TOKEN_BUFFERS = ("x", "xw", "ssq", "q", "y", "h")
 _ROW_BUFFERS = ("logits", "gathered")
 
@@ -51,11 +54,17 @@ class _Emitter:
         self.head, self.body, self.tail = self._split()
         ops = plan.graph.ops
         self.kinds = tuple(dict.fromkeys(op.kind for op in ops))
-        if self.config.head_dim % LANES or self.config.num_heads % self.config.num_kv_heads:
+        config = self.config
+        if (
+            config.head_dim % LANES
+            or config.num_heads % config.num_kv_heads
+            or config.group_size > MAX_GROUP
+        ):
             raise UnsupportedModelError(
-                f"head_dim {self.config.head_dim} with {self.config.num_heads} heads and "
-                f"{self.config.num_kv_heads} KV heads is not supported on a CPU; head_dim must be "
-                f"a multiple of {LANES}, and heads a multiple of KV heads"
+                f"head_dim {config.head_dim} with {config.num_heads} heads and "
+                f"{config.num_kv_heads} KV heads is not supported on a CPU; head_dim must be "
+                f"a multiple of {LANES}, and heads a multiple of KV heads, at most {MAX_GROUP} "
+                "times as many"
             )
 
     def source(self) -> str:

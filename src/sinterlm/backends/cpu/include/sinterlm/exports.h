@@ -12,6 +12,8 @@ namespace sl {
 
 static_assert(sizeof(AttentionScratch<Net::Element, Net::spec.D>) <= kScratchBytes,
               "attention's working set must fit a worker's scratch");
+static_assert(Net::spec.Hq / Net::spec.Hkv <= kAttentionRows,
+              "one token's heads of a group must fit attention's working set");
 
 template <class F>
 sl_status guarded(F&& f) noexcept {
