@@ -28,6 +28,7 @@ _COMMANDS: dict[str, str] = {
     "inspect": "show a bundle or checkpoint: graph, cost per op, packing, memory plan, roofline",
     "doctor": "say what works on this machine and how to mend what does not",
     "cache": "list, shrink or check the cache of compiled code and packed weights",
+    "eval": "perplexity of each dtype on a text, and how far it lies from fp32",
     "bench": "measure throughput, kernels or start-up against what this machine can do",
     "demo": "answer one question with the demo model, measure it, and prove batch invariance",
 }

@@ -1,0 +1,167 @@
+"""``sinterlm eval``: perplexity of each dtype, and how far it lies from fp32, on a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinterlm.commands.flags import add_option_flags, parse_dtype
+from sinterlm.commands.session import options_of
+from sinterlm.errors import UsageError
+from sinterlm.options import CompileOptions, DTypeName, EngineOptions
+
+if TYPE_CHECKING:
+    from sinterlm.artifact.progress import Progress
+    from sinterlm.bench.eval import EvalReport, Score, Scorer
+
+_REFERENCE: DTypeName = "fp32"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the subcommand takes."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="Hugging Face directory, .gguf file, Hub id, or `smollm2`; no bundle, which has but "
+        "one dtype",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--dtypes",
+        type=parse_dtypes,
+        default=("fp32", "bf16"),
+        metavar="LIST",
+        help="what to score (default: fp32,bf16); fp32 runs in any case, as the reference",
+    )
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text (default: public-domain prose of the package)"
+    )
+    group.add_argument(
+        "--max-tokens-per-window",
+        type=int,
+        metavar="N",
+        help="tokens a prediction can look back on at most (default: the context, at most 512)",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window to the next; each token is scored once (default: half a "
+        "window)",
+    )
+    add_option_flags(parser, CompileOptions, EngineOptions)
+
+
+def parse_dtypes(text: str) -> tuple[DTypeName, ...]:
+    """Dtypes from ``fp32,bf16``, each once."""
+    names: list[DTypeName] = []
+    for part in text.split(","):
+        name = parse_dtype(part)
+        if name not in ("bf16", "fp32"):
+            raise argparse.ArgumentTypeError(f"{part!r} is no dtype by itself; name fp32 or bf16")
+        names.append("bf16" if name == "bf16" else "fp32")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a dtype twice")
+    return tuple(names)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print. Raises UsageError, and as compiling, loading and running do."""
+    from sinterlm.bench.eval import evaluate
+    from sinterlm.bench.eval_text import read_text, shipped_text
+    from sinterlm.commands.ui import TerminalProgress
+
+    _check(args)
+    text = shipped_text() if args.text is None else read_text(Path(args.text))
+    options, engine = options_of(args)
+    if args.max_num_seqs is None:
+        engine = replace(engine, max_num_seqs=1)  # one window at a time: no more KV cache than that
+    with TerminalProgress() as progress:
+        openers = {
+            dtype: _opener(replace(options, dtype=dtype), engine, progress)
+            for dtype in {_REFERENCE, *args.dtypes}
+        }
+        report = evaluate(
+            openers,
+            args.dtypes,
+            text,
+            progress,
+            window=args.max_tokens_per_window,
+            stride=args.stride,
+        )
+    if args.json:
+        print(json.dumps({"model": args.model, "text": args.text, **asdict(report)}))
+    else:
+        print_report(args.model, report)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that eval decides itself, and bundles. Raises UsageError."""
+    from sinterlm.artifact.bundle import is_bundle
+
+    if args.dtype is not None:
+        raise UsageError("eval compares dtypes; name them with --dtypes instead of --dtype")
+    if args.code_only:
+        raise UsageError("--code-only leaves nothing to run; it belongs to `sinterlm compile`")
+    if args.bundle_sha256 is not None:
+        raise UsageError("--bundle-sha256 pins one bundle, and eval compares several")
+    if is_bundle(args.model):
+        raise UsageError(
+            f"{args.model} is a bundle, which has but one dtype; give the checkpoint it was "
+            "compiled from"
+        )
+
+
+def _opener(
+    options: CompileOptions, engine: EngineOptions, progress: Progress
+) -> Callable[[], AbstractContextManager[Scorer]]:
+    @contextmanager
+    def open_model() -> Iterator[Scorer]:
+        from sinterlm.compile import compile_model
+        from sinterlm.engine.llm import LLM
+        from sinterlm.engine.memory import check_options
+
+        check_options(engine)
+        bundle = compile_model(options, progress)
+        progress.stage(f"load {options.dtype}")
+        with LLM.from_bundle(bundle, engine) as llm:
+            yield llm
+
+    return open_model
+
+
+def print_report(model: str, report: EvalReport) -> None:
+    """The table on stdout: one row per dtype."""
+    from sinterlm.commands.ui import print_table
+
+    columns = ["dtype", "tokens", "perplexity", "KL, nats", "95 % interval", "same top-1",
+               "max |Δ| p50", "p99", "p99.9"]  # fmt: skip
+    rows = [_row(score) for score in report.scores]
+    print_table(
+        f"{model}: KL({report.reference}‖dtype) and logits' Δ to it",
+        columns,
+        rows,
+        right=range(1, 9),
+    )
+    print(
+        f"{report.text_tokens} tokens of text in {report.num_windows} windows of at most "
+        f"{report.window_tokens}, stride {report.stride}; text sha256 {report.text_sha256[:12]}"
+    )
+
+
+def _row(score: Score) -> list[str]:
+    head = [score.dtype, str(score.tokens), f"{score.perplexity:.4f}"]
+    far = score.divergence
+    if far is None:
+        return [*head, "reference", *[""] * 5]
+    between = far.kl_interval
+    interval = "one window" if between is None else f"{between[0]:.2e} … {between[1]:.2e}"
+    deltas = [f"{delta:.4f}" for delta in far.max_logit_delta.values()]
+    return [*head, f"{far.kl:.3e}", interval, f"{far.top1_agreement:.2%}", *deltas]
