@@ -89,15 +89,28 @@ class Engine:
         *,
         prompt: str | None = None,
         stream: bool = False,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue a request of ``params.n`` sequences.
 
         ``stream`` makes deltas carry text as it appears; without it text may come only at the
-        end, which costs less. Raises PromptError, UsageError or ResourceError, and queues nothing
-        then, for a request that could not be served.
+        end, which costs less. A lower ``priority`` runs earlier. ``deadline`` is a time of
+        ``time.perf_counter``: past it the request ends with finish_reason "abort" and stop_reason
+        "deadline". Only requests of the same ``cache_salt`` share cached pages. Raises PromptError,
+        UsageError or ResourceError, and queues nothing then, for a request that could not be
+        served.
         """
         if request_id in self._groups:
             raise UsageError(f"request_id={request_id!r} is already running")
+        for name, value, neutral in (
+            ("priority", priority, 0),
+            ("deadline", deadline, None),
+            ("cache_salt", cache_salt, None),
+        ):
+            if value != neutral:
+                raise UsageError(f"{name}={value!r} is not built yet; leave it out")
         group = make_group(
             request_id,
             prompt,
