@@ -7,8 +7,12 @@ SinterError
 │   └── UnsupportedModelError   readable, but of a kind we do not compile
 ├── CompileError          the compiler is missing or failed               (exit 2)
 ├── BundleError           a bundle or cache entry that cannot be used     (exit 2)
-├── ResourceError         memory, disk or KV space that does not suffice  (exit 2)
-└── RuntimeFault          the native library reported a fault             (exit 2, HTTP 500)
+├── ResourceError         memory, disk or KV space that does not suffice  (exit 2, HTTP 400)
+├── RuntimeFault          the native library reported a fault             (exit 2, HTTP 500)
+└── ServingError          a server that cannot take or finish a request now
+    ├── QueueFullError    too many requests wait already                  (HTTP 429, Retry-After)
+    ├── DrainingError     the server is stopping and admits nothing       (HTTP 503)
+    └── EngineDeadError   the engine thread ended with an exception       (HTTP 500)
 """
 
 from __future__ import annotations
@@ -48,3 +52,27 @@ class ResourceError(SinterError):
 
 class RuntimeFault(SinterError):
     """The native library reported an error from a call; carries ``sl_last_error()``."""
+
+
+class ServingError(SinterError):
+    """The request is fine, but this server cannot take it now, or could not finish it."""
+
+
+class QueueFullError(ServingError):
+    """The waiting queue is full; ``retry_after_s`` is when a place is likely free."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s  #: whole seconds, at least 1, as Retry-After wants them
+
+
+class DrainingError(ServingError):
+    """The server is stopping: what runs is finished, and nothing is admitted."""
+
+
+class EngineDeadError(ServingError):
+    """The engine thread ended with an exception; the log has it under ``error_id``."""
+
+    def __init__(self, message: str, *, error_id: str) -> None:
+        super().__init__(message)
+        self.error_id = error_id  #: what the client is shown and the log line carries

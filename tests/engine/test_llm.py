@@ -342,3 +342,28 @@ def test_importing_the_package_imports_nothing_else() -> None:
         "assert SamplingParams(n=2).n == 2; assert 'LLM' in dir(sinterlm)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+def test_a_lent_engine_refuses_everybody_else(llm: LLM) -> None:
+    engine = llm.lend_engine()
+    for call in (
+        lambda: llm.generate("a", GREEDY), lambda: list(llm.stream("a", GREEDY)),
+        lambda: llm.forward_logits([3]), llm.close,
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="is being served; stop its server first"):
+            call()
+    with pytest.raises(UsageError, match="in use; a server needs it"):
+        llm.lend_engine()
+    engine.admit(engine.make_request("r", [3, 4], GREEDY))
+    assert len(engine.step()) == 1
+    llm.return_engine()
+    assert not engine.has_unfinished
+    assert llm.generate("a", GREEDY)[0].finished
+    stream = llm.stream("a", GREEDY)
+    next(stream)
+    with pytest.raises(UsageError, match="in use; a server needs it"):
+        llm.lend_engine()
+    stream.close()
+    llm.close()
+    with pytest.raises(UsageError, match="closed"):
+        llm.lend_engine()

@@ -102,8 +102,36 @@ class Engine:
         UsageError or ResourceError, and queues nothing then, for a request that could not be
         served.
         """
-        if request_id in self._groups:
-            raise UsageError(f"request_id={request_id!r} is already running")
+        self.admit(
+            self.make_request(
+                request_id,
+                prompt_token_ids,
+                params,
+                prompt=prompt,
+                stream=stream,
+                priority=priority,
+                deadline=deadline,
+                cache_salt=cache_salt,
+            )
+        )
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = False,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str | None = None,
+    ) -> RequestGroup:
+        """The request of ``add_request``, checked but not queued yet.
+
+        Touches nothing that a step does, so that one other thread may make requests while the
+        engine's own steps; arrival, and with it the order and the default seed, is counted here.
+        """
         for name, value, neutral in (
             ("priority", priority, 0),
             ("deadline", deadline, None),
@@ -125,7 +153,13 @@ class Engine:
         first = group.requests[0]
         self.scheduler.check_fits(first.tokens.num_prompt, first.max_total_tokens)
         self._num_requests += len(group.requests)
-        self._groups[request_id] = group
+        return group
+
+    def admit(self, group: RequestGroup) -> None:
+        """Queue a request that ``make_request`` made. Raises UsageError for an id in use."""
+        if group.request_id in self._groups:
+            raise UsageError(f"request_id={group.request_id!r} is already running")
+        self._groups[group.request_id] = group
         for request in group.requests:
             self.scheduler.add(request)
 

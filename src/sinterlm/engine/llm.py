@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sinterlm.artifact.bundle import Bundle, check_compiled_as, is_bundle, open_bundle
-from sinterlm.artifact.env import env_int
-from sinterlm.engine.admission import Limits, checked_tokens
+from sinterlm.engine.admission import checked_tokens
 from sinterlm.engine.engine import Engine
 from sinterlm.engine.gate import Gate
-from sinterlm.engine.memory import KvPlan, check_options, plan_kv
+from sinterlm.engine.loading import load_bundle
+from sinterlm.engine.memory import KvPlan, check_options
 from sinterlm.engine.outputs import Delta, RequestOutput
 from sinterlm.engine.prompts import (
     Prompt,
@@ -29,15 +29,15 @@ from sinterlm.engine.prompts import (
     parse_prompt,
     parse_prompts,
 )
-from sinterlm.engine.sampling import SamplingParams, default_sampling_params
-from sinterlm.engine.tokenizer import Tokenizer
-from sinterlm.errors import BundleError, PromptError, ResourceError, UsageError
+from sinterlm.engine.sampling import SamplingParams
+from sinterlm.errors import PromptError, ResourceError, UsageError
 from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, IsaName
 from sinterlm.runtime.batch import Float32
-from sinterlm.runtime.machine import Machine, read_machine
 from sinterlm.runtime.model import Model
 
 Message = Mapping[str, Any]
+
+_CLOSED = "this LLM is closed; make a new one"
 
 
 class LLM:
@@ -116,44 +116,16 @@ class LLM:
     def _load(
         self, bundle: Bundle, options: EngineOptions, open_model: Callable[..., Model]
     ) -> None:
-        manifest, machine = bundle.manifest, read_machine()
-        if manifest.weights is None:
-            raise BundleError(
-                "this bundle holds code alone, no weights; compile the model without --code-only"
-            )
+        loaded = load_bundle(bundle, options, open_model)
         self.bundle = bundle
-        self.plan: KvPlan = plan_kv(manifest, options, machine.memory_available)
-        self.tokenizer = Tokenizer(bundle.text())
-        self._defaults = default_sampling_params(self.tokenizer.assets.generation)
+        self.plan: KvPlan = loaded.plan
+        self.tokenizer = loaded.tokenizer
+        self.model = loaded.model
+        self._engine = loaded.engine
+        self._defaults = loaded.defaults
         self._gate = Gate()
         self._request_numbers = itertools.count()
         self._closed = False
-        threads, cpu_ids = _workers(options, machine)
-        self.model = open_model(
-            bundle,
-            num_threads=threads,
-            cpu_ids=cpu_ids,
-            max_tokens=options.max_num_batched_tokens,
-            max_seqs=options.max_num_seqs,
-            max_sample_rows=self.plan.max_sample_rows,
-            max_model_len=self.plan.max_model_len,
-        )
-        try:
-            self.model.alloc_kv(self.plan.num_pages, options.block_size)
-        except BaseException:
-            self.model.close()
-            raise
-        self._engine = Engine(
-            self.model,
-            self.tokenizer,
-            Limits(self.plan.max_model_len, manifest.shape.vocab_size),
-            num_pages=self.plan.num_pages,
-            page_tokens=options.block_size,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_sample_rows=self.plan.max_sample_rows,
-            seed=options.seed,
-        )
 
     @property
     def max_model_len(self) -> int:
@@ -262,6 +234,25 @@ class LLM:
                     f"logits of {len(ids)} tokens take {gigabytes:.1f} GB; give fewer tokens"
                 ) from exc
 
+    # -- serving ---------------------------------------------------------------------------------
+
+    def lend_engine(self) -> Engine:
+        """Hand the engine to a server until ``return_engine``; at once, or UsageError if in use.
+
+        Whoever has it may make requests on one thread and step on another. Meanwhile every call of
+        this LLM that needs the engine, ``close`` too, raises UsageError instead of waiting.
+        """
+        self._gate.lend()
+        if self._closed:
+            self._gate.give_back()
+            raise UsageError(_CLOSED)
+        return self._engine
+
+    def return_engine(self) -> None:
+        """Take the engine back, emptied; for whoever called ``lend_engine``, from any thread."""
+        self._engine.reset()
+        self._gate.give_back()
+
     # -- lifetime --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -296,7 +287,7 @@ class LLM:
         """The engine, for this thread alone; emptied if anything goes wrong."""
         with self._gate.hold():
             if self._closed:
-                raise UsageError("this LLM is closed; make a new one")
+                raise UsageError(_CLOSED)
             try:
                 yield self._engine
             except BaseException:
@@ -346,16 +337,6 @@ class LLM:
         request_id = str(next(self._request_numbers))
         engine.add_request(request_id, prompt.token_ids, params, prompt=prompt.text, stream=stream)
         return request_id
-
-
-def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, ...] | None]:
-    """How many workers, and the CPU of each. One worker for every CPU is pinned unless told
-    otherwise: the scheduler may stack workers that sleep at barriers on one CPU. With fewer, which
-    CPUs are free is the scheduler's knowledge."""
-    asked = options.num_threads or len(options.cpu_ids or ())
-    threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
-    whole = threads == len(machine.cpu_ids) > 1
-    return threads, options.cpu_ids or (machine.cpu_ids if whole else None)
 
 
 def _cpu_ids(given: object) -> tuple[int, ...] | None:

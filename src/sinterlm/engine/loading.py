@@ -1,0 +1,84 @@
+"""From an opened bundle to a model in memory and the engine that runs it.
+
+Refuses, before any weight is read, what memory does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sinterlm.artifact.bundle import Bundle
+from sinterlm.artifact.env import env_int
+from sinterlm.engine.admission import Limits
+from sinterlm.engine.engine import Engine
+from sinterlm.engine.memory import KvPlan, plan_kv
+from sinterlm.engine.sampling import SamplingParams, default_sampling_params
+from sinterlm.engine.tokenizer import Tokenizer
+from sinterlm.errors import BundleError
+from sinterlm.options import EngineOptions
+from sinterlm.runtime.machine import Machine, read_machine
+from sinterlm.runtime.model import Model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory and what stands around it."""
+
+    plan: KvPlan
+    tokenizer: Tokenizer
+    defaults: SamplingParams  #: the checkpoint's own, over ours
+    model: Model
+    engine: Engine
+
+
+def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[..., Model]) -> Loaded:
+    """Load a bundle. ``open_model`` is called as ``runtime.model.Model`` is.
+
+    Raises BundleError for one without weights, ResourceError when memory does not suffice.
+    """
+    manifest, machine = bundle.manifest, read_machine()
+    if manifest.weights is None:
+        raise BundleError(
+            "this bundle holds code alone, no weights; compile the model without --code-only"
+        )
+    plan = plan_kv(manifest, options, machine.memory_available)
+    tokenizer = Tokenizer(bundle.text())
+    defaults = default_sampling_params(tokenizer.assets.generation)
+    threads, cpu_ids = _workers(options, machine)
+    model = open_model(
+        bundle,
+        num_threads=threads,
+        cpu_ids=cpu_ids,
+        max_tokens=options.max_num_batched_tokens,
+        max_seqs=options.max_num_seqs,
+        max_sample_rows=plan.max_sample_rows,
+        max_model_len=plan.max_model_len,
+    )
+    try:
+        model.alloc_kv(plan.num_pages, options.block_size)
+    except BaseException:
+        model.close()
+        raise
+    engine = Engine(
+        model,
+        tokenizer,
+        Limits(plan.max_model_len, manifest.shape.vocab_size),
+        num_pages=plan.num_pages,
+        page_tokens=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_sample_rows=plan.max_sample_rows,
+        seed=options.seed,
+    )
+    return Loaded(plan, tokenizer, defaults, model, engine)
+
+
+def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, ...] | None]:
+    """How many workers, and the CPU of each. One worker for every CPU is pinned unless told
+    otherwise: the scheduler may stack workers that sleep at barriers on one CPU. With fewer, which
+    CPUs are free is the scheduler's knowledge."""
+    asked = options.num_threads or len(options.cpu_ids or ())
+    threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
+    whole = threads == len(machine.cpu_ids) > 1
+    return threads, options.cpu_ids or (machine.cpu_ids if whole else None)

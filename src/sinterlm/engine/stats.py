@@ -1,0 +1,44 @@
+"""EngineStats: what the engine has done and holds, as one immutable snapshot.
+
+Plain data. Counters only ever grow while the engine lives; gauges describe the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+FinishKind = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpStats:
+    """Calls and time of one kind of fused op, summed over layers and steps."""
+
+    name: str
+    calls: int
+    seconds: float
+    roof_fraction: float | None  #: of the machine's measured roof; None where it is not measured
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One moment of an engine. Cheap to take; never changes afterwards."""
+
+    num_running: int  #: sequences that hold KV pages
+    num_waiting: int  #: sequences that wait for their first, or after preemption next, pages
+    num_preemptions: int
+    kv_pages_total: int
+    kv_pages_used: int  #: held by sequences
+    kv_pages_cached: int  #: held by nobody, but their content may be reused
+    prefix_cache_queries: int  #: prompt tokens looked up
+    prefix_cache_hits: int  #: prompt tokens found, so not computed again
+    prompt_tokens_total: int  #: of admitted requests, cached ones included
+    generation_tokens_total: int
+    spec_draft_tokens: int  #: proposed by speculation
+    spec_accepted_tokens: int  #: and kept
+    requests_finished: Mapping[FinishKind, int]
+    steps: int
+    step_seconds_total: float  #: inside the native step
+    ops: tuple[OpStats, ...] = ()  #: in the order they run
