@@ -59,3 +59,49 @@ class EngineOptions:
     #: Pin worker i to cpu_ids[i]; None = pinned when there is one worker for every CPU.
     cpu_ids: tuple[int, ...] | None = field(default=None)
     seed: int = 0  #: base seed for requests that give none
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What decides how an engine is served over HTTP. ``serve.settings`` judges the values."""
+
+    host: str = "127.0.0.1"  #: address to listen on; 0.0.0.0 or :: = every interface
+    port: int = 8000  #: 0 = one the system picks
+    root_path: str = ""  #: prefix a reverse proxy strips before a request reaches us
+    #: Names the model answers to, the first one is told to clients; () = MODEL as it was given.
+    served_model_name: tuple[str, ...] = ()
+
+    #: A request needs one of these as bearer token or basic-auth password; () = anyone may ask.
+    api_key: tuple[str, ...] = ()
+    allow_unauthenticated_metrics: bool = False  #: /metrics needs no key
+    allow_unauthenticated_page: bool = False  #: / and /ui/… need no key
+    allowed_origins: tuple[str, ...] = ()  #: browser origins that may call; ("*",) = all
+    ssl_certfile: Path | None = None  #: PEM, with its chain; given = HTTPS
+    ssl_keyfile: Path | None = None  #: PEM; None = the key is in ssl_certfile
+    ssl_ca_certs: Path | None = None  #: PEM of the authorities that client certificates come from
+    ssl_cert_reqs: int = 0  #: client certificate: 0 not asked for, 1 optional, 2 required
+
+    max_waiting: int = 512  #: requests that may wait for the engine; one more gets a 429
+    max_body_bytes: int = 16 << 20  #: longest request body; a longer one gets a 413
+    #: Seconds from a request's arrival to its end; then it is ended with a 408 (or an error event).
+    request_timeout: float | None = None
+    read_timeout: float = 30.0  #: seconds a client has for its head, and then again for its body
+    send_timeout: float = 60.0  #: seconds a client may leave its answer unread; then it is dropped
+    keep_alive_timeout: float = 5.0  #: seconds an idle connection is kept
+    shutdown_timeout: float = 30.0  #: seconds that running requests get once told to stop
+
+    unknown_fields: Literal["error", "warn"] = "error"  #: fields of a body that nothing reads
+    chat_template: Path | None = None  #: jinja file used instead of the model's own template
+    #: A name of ``serve.parsers.TOOL_PARSERS``; auto = by the chat template; none = no parsing.
+    tool_call_parser: str = "auto"
+    #: A name of ``serve.parsers.REASONING_PARSERS``; auto = by the chat template; none = none.
+    reasoning_parser: str = "auto"
+    #: ``tool_choice: auto`` works wherever there is a tool parser; True = refuse to start without.
+    enable_auto_tool_choice: bool = False
+    dev_mode: bool = False  #: also serve what is unsafe in production: /reset_prefix_cache
+
+    log_format: Literal["text", "json"] = "text"  #: of the log: key=value, or one object per line
+    log_file: Path | None = None  #: append the log here; None = stderr
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_prompts: bool = False  #: a request's log line holds its prompt's text
+    access_log: bool = False  #: also one line per HTTP response, /health and /metrics included
