@@ -107,11 +107,6 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
     """Settle every "auto" and refuse what cannot be compiled. Raises UsageError, BundleError."""
     if options.target != "cpu":
         raise UsageError(f"--target {options.target!r} is not supported; supported: cpu")
-    if options.quantization is not None:
-        raise UsageError(
-            f"--quantization {options.quantization!r} is not supported by this version, which "
-            "computes in --dtype bf16 or fp32; leave --quantization out"
-        )
     if options.dtype not in ("auto", "bf16", "fp32"):
         raise UsageError(f"--dtype {options.dtype!r} is not supported; supported: auto, bf16, fp32")
     if options.load_format not in ("auto", "dummy"):
@@ -125,7 +120,9 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
         except OSError as exc:
             raise UsageError(f"--dump-dir {options.dump_dir}: {exc.strerror}") from exc
     from sinterlm.backends.cpu.backend import CpuBackend
+    from sinterlm.passes.formats import scheme_of
 
+    scheme_of(options)  # refuses one that there is not
     backend, cache = CpuBackend(), Cache.at(locate_cache(options.cache_dir))
     isa = backend.resolve_isa(options.isa or env_text("SINTERLM_ISA"))
     toolchain = backend.toolchain(isa, cache.memo)
@@ -178,6 +175,7 @@ def read(job: Job) -> Checkpoint:
 def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     """Build the graph, check the checkpoint's tensors against it, fuse, lay out and plan."""
     from sinterlm.frontend.decoder import build_graph, check_tensors
+    from sinterlm.passes.formats import scheme_of
     from sinterlm.passes.pipeline import plan
 
     job.progress.stage("build graph")
@@ -185,7 +183,8 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     graph = build_graph(checkpoint.config, job.dtype)
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
-    return plan(graph, job.options.dump_dir)
+    scheme = scheme_of(job.options)
+    return plan(graph, job.options.dump_dir, scheme, checkpoint.stored_formats)
 
 
 def emit(job: Job, plan: Plan) -> str:
@@ -256,7 +255,8 @@ def pack_weights(job: Job, checkpoint: Checkpoint, plan: Plan) -> Iterator[Weigh
         require_space(folder, layout.nbytes)
         progress.stage("pack weights", layout.nbytes, "B")
         path = folder / "weights-00000.bin"
-        chunks = packed_chunks(layout, checkpoint.read)
+        readers = checkpoint.read, checkpoint.read_exact, checkpoint.read_coded
+        chunks = packed_chunks(layout, *readers)
         ref = write_weights(path, chunks, layout.nbytes, progress.advance)
         if warm.stamps(checkpoint.path) != seen:
             raise CheckpointError(
@@ -288,6 +288,7 @@ def write_bundle(
 ) -> Bundle:
     """Write manifest and text beside what they lead to, and open them as any user would."""
     from sinterlm.ir.cost import plan_costs
+    from sinterlm.passes.formats import main_format
 
     job.progress.stage("write bundle")
     text = encode_text(checkpoint)
@@ -305,6 +306,7 @@ def write_bundle(
         target=job.backend.target,
         isa=job.isa,
         dtype=job.dtype,
+        quantization=main_format(plan.graph),
         model=checkpoint.name,
         code_key=code_key,
         weights_key=weights_key,

@@ -12,6 +12,11 @@ from typing import Literal
 
 DTypeName = Literal["bf16", "fp32"]
 IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
+QuantizationName = Literal["int8", "int4"]
+ActDTypeName = Literal["int8", "bf16"]
+
+#: Weights along k that may share a scale; 0 = all of an output channel.
+QUANT_GROUPS = (0, 32, 64, 128)
 
 #: ISA levels from widest to narrowest; the first one the machine has is the default.
 ISA_LEVELS: tuple[IsaName, ...] = ("avx512bf16", "avx512", "avx2", "generic")
@@ -33,7 +38,9 @@ class CompileOptions:
 
     model: str  #: HF directory, ``.gguf`` file, Hub id, ``smollm2``, or a named config (dummy only)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16
-    quantization: str | None = None  #: None; int8 and int4 are not built yet and are refused
+    quantization: QuantizationName | None = None  #: codes that matrices are stored in; None = dtype
+    quant_group: int | None = None  #: one of QUANT_GROUPS; None = 0 for int8, 32 for int4
+    act_dtype: ActDTypeName | None = None  #: GEMM operands beside coded weights; None = int8
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights

@@ -91,6 +91,7 @@ def make_manifest(
         target="cpu",
         isa="generic",
         dtype="bf16",
+        quantization=None,
         model="tiny",
         code_key=code_key,
         weights_key=weights_key,

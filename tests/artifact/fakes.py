@@ -13,6 +13,7 @@ from sinterlm.artifact.text import TextAssets
 from sinterlm.compile import Job
 from sinterlm.ir.graph import DecoderConfig, Graph, Rope
 from sinterlm.ir.plan import MemoryPlan, PackedTensor, Plan, Segment, WeightLayout
+from sinterlm.ir.quant import GemmFormat
 
 ROWS, COLUMNS = 64, 16
 WEIGHT_BYTES = ROWS * COLUMNS * 2
@@ -45,6 +46,8 @@ class FakeCheckpoint:
         self.text = TextAssets(chat_template=(path / "config.json").read_text())
         self.digests = 0
         self.reads = 0
+        self.stored_formats: dict[str, GemmFormat] = {}
+        self.read_exact = self.read_coded = None  # ``chunks`` stands for them
 
     def __enter__(self) -> FakeCheckpoint:
         return self

@@ -72,7 +72,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
     packing = types.ModuleType("sinterlm.passes.packing")
     packing.PACKER_VERSION = "1"
-    packing.packed_chunks = lambda layout, read: made.opened[-1].chunks()
+    packing.packed_chunks = lambda layout, *readers: made.opened[-1].chunks()
     cost = types.ModuleType("sinterlm.ir.cost")
     cost.plan_costs = lambda plan: fakes.costs()
     monkeypatch.setitem(sys.modules, "sinterlm.passes.packing", packing)
@@ -283,6 +283,8 @@ def test_a_bundle_is_a_model(world: World) -> None:
         ({"isa": "avx512"}, "isa='avx512'"),
         ({"target": "cuda"}, "target='cuda'"),
         ({"quantization": "int8"}, "quantization='int8'"),
+        ({"quant_group": 32}, "quant_group.*a bundle"),
+        ({"act_dtype": "int8"}, "act_dtype.*a bundle"),
         ({"load_format": "dummy"}, "load_format.*a bundle"),
         ({"revision": "main"}, "revision.*a bundle"),
         ({"dump_dir": Path("dumps")}, "dump_dir.*a bundle"),
@@ -311,7 +313,11 @@ def test_pin_of_a_compiled_model(world: World) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"quantization": "int8"}, "'int8' is not supported.*bf16 or fp32"),
+        ({"quantization": "int3"}, "'int3' is not supported; supported: int8, int4"),
+        ({"quantization": "int8", "quant_group": 48}, "--quant-group 48.*0, 32, 64, 128"),
+        ({"quantization": "int8", "act_dtype": "fp8"}, "--act-dtype 'fp8'.*int8 or bf16"),
+        ({"quant_group": 32}, "--quant-group says how.*--quantization"),
+        ({"quantization": "int4", "act_dtype": "bf16", "dtype": "fp32"}, "--act-dtype bf16.*fp32"),
         ({"target": "gfx942"}, "'gfx942' is not supported; supported: cpu"),
         ({"dtype": "fp16"}, "'fp16' is not supported; supported: auto, bf16, fp32"),
         ({"load_format": "pickle"}, "auto or dummy"),

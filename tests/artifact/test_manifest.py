@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinterlm.artifact.manifest import ABI_VERSION, FileRef, Manifest
+from sinterlm.artifact.manifest import ABI_VERSION, FORMAT_VERSION, FileRef, Manifest
 from sinterlm.errors import BundleError
 from tests.artifact.builders import make_manifest
 
@@ -84,8 +84,9 @@ def test_each_fault_is_named(path: str, value: Any, told: str) -> None:
 
 @pytest.mark.parametrize("field", ["format_version", "abi_version"])
 def test_other_versions_name_both_and_the_repair(field: str) -> None:
+    ours = FORMAT_VERSION if field == "format_version" else ABI_VERSION
     text = json.dumps({field: 99, "sinterlm_version": "9.9", "of the future": []})
-    with pytest.raises(BundleError, match=rf"99 \(made by SinterLM 9.9\).*reads {ABI_VERSION}"):
+    with pytest.raises(BundleError, match=rf"99 \(made by SinterLM 9.9\).*reads {ours}"):
         Manifest.from_json(text)
 
 

@@ -97,7 +97,7 @@ def test_usage_errors(line: list[str], words: str, capsys: pytest.CaptureFixture
         (["run", "m", "--prompt", "x", "--num-threads", "0"], "num_threads=0"),
         (["run", "no-such-model", "--prompt", "x"], "no-such-model"),
         (["run", "smollm2", "--prompt", "x", "--target", "tpu"], "tpu"),
-        (["run", "smollm2", "--prompt", "x", "--quantization", "int3"], "int3"),
+        (["run", "smollm2", "--prompt", "x", "--quant-group", "48"], "--quant-group 48"),
         (["inspect", "smollm2", "--tokens", "0"], "--tokens 0"),
         (["inspect", "smollm2", "--tokens", "9", "--context", "8"], "--context 8"),
         (["inspect", "smollm2", "--gflops", "8"], "--bandwidth-gbps"),

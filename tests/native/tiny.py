@@ -104,6 +104,7 @@ def bundle_of(made: Plan, isa: IsaName, folder: Path) -> Bundle:
         target="cpu",
         isa=isa,
         dtype=made.graph.dtype,
+        quantization=None,
         model="tiny",
         code_key="",
         weights_key="",

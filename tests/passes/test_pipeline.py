@@ -213,6 +213,7 @@ def test_dumps_are_numbered_and_repeatable(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "a/deep").iterdir())
     expected = ["00-frontend.txt"]
     expected += [f"{i:02d}-{step.name}.txt" for i, step in enumerate(PIPELINE, start=1)]
+    expected.append(f"{len(PIPELINE) + 1:02d}-formats.txt")
     assert names == expected
     for name in names:
         text = (tmp_path / "a/deep" / name).read_text()

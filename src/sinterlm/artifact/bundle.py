@@ -126,7 +126,7 @@ def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
         ("dtype", None if options.dtype == "auto" else options.dtype, manifest.dtype),
         ("isa", options.isa, manifest.isa),
         ("target", options.target, manifest.target),
-        ("quantization", options.quantization, "None"),
+        ("quantization", options.quantization, str(manifest.quantization).split(" ")[0]),
     ]
     for name, wanted, have in asked:
         if wanted not in (None, have):
@@ -139,6 +139,8 @@ def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
         "revision": options.revision is not None,
         "dump_dir": options.dump_dir is not None,
         "code_only": options.code_only,
+        "quant_group": options.quant_group is not None,
+        "act_dtype": options.act_dtype is not None,
     }
     for name in (name for name, is_given in given.items() if is_given):
         raise UsageError(f"{name} has a meaning for checkpoints only, and the model is a bundle")

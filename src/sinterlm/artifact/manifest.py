@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sinterlm.artifact import strict
 from sinterlm.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABI_VERSION = 1  #: must equal SL_ABI_VERSION of abi.h (a test compares them)
 
 
@@ -83,6 +83,7 @@ class Manifest:
     target: str  #: "cpu"
     isa: str
     dtype: str  #: "bf16" | "fp32"
+    quantization: str | None  #: of most weights: "int8" or "int4" and its format; None = dtype
     model: str  #: what the user called it
     code_key: str
     weights_key: str

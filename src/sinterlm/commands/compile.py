@@ -72,6 +72,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "target": manifest.target,
         "isa": manifest.isa,
         "dtype": manifest.dtype,
+        "quantization": manifest.quantization,
         "max_model_len": manifest.max_model_len,
         "library_bytes": manifest.library.nbytes,
         "weights_bytes": manifest.weights.nbytes if manifest.weights is not None else 0,
@@ -82,7 +83,8 @@ def _print(facts: dict[str, Any], name: object) -> None:
     from sinterlm.artifact.storage import show_bytes
 
     print(
-        f"{facts['model']}: {facts['dtype']} for {facts['target']} ({facts['isa']}), "
+        f"{facts['model']}: {facts['quantization'] or facts['dtype']} for {facts['target']} "
+        f"({facts['isa']}), "
         f"context {facts['max_model_len']} tokens"
     )
     print(

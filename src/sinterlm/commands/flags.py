@@ -20,7 +20,10 @@ Options = TypeVar("Options", CompileOptions, EngineOptions)
 #: Field name -> help. The unit is in the text; the default is appended.
 HELP: dict[str, str] = {
     "dtype": "precision of weights and KV cache; sums and the residual stream are always fp32",
-    "quantization": "weight quantization; none is built yet",
+    "quantization": "store matrices as 8 or 4 bit integers (default: in dtype)",
+    "quant_group": "weights that share a scale: 0 (an output channel), 32, 64 or 128 (default: "
+    "0 for int8, 32 for int4)",
+    "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only (default: int8)",
     "target": "what to compile for",
     "isa": "instruction-set level (default: the widest this machine has)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",
@@ -96,7 +99,7 @@ _PARSERS: dict[str, Any] = {
 _METAVARS: dict[str, str] = {
     "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
-    "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX", "quantization": "NAME",
+    "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX",
 }  # fmt: skip
 
 

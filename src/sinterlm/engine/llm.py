@@ -31,7 +31,14 @@ from sinterlm.engine.prompts import (
 )
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import PromptError, ResourceError, UsageError
-from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, IsaName
+from sinterlm.options import (
+    DTYPE_SPELLINGS,
+    ActDTypeName,
+    CompileOptions,
+    EngineOptions,
+    IsaName,
+    QuantizationName,
+)
 from sinterlm.runtime.batch import Float32
 from sinterlm.runtime.model import Model
 
@@ -54,7 +61,9 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
-        quantization: str | None = None,
+        quantization: QuantizationName | None = None,
+        quant_group: int | None = None,
+        act_dtype: ActDTypeName | None = None,
         target: str = "cpu",
         isa: IsaName | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -87,6 +96,8 @@ class LLM:
             model=str(model),
             dtype=DTYPE_SPELLINGS[dtype],
             quantization=quantization,
+            quant_group=quant_group,
+            act_dtype=act_dtype,
             target=target,
             isa=isa,
             load_format=load_format,

@@ -19,6 +19,7 @@ from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
 from sinterlm.frontend.numeric import Array, ReadDType
 from sinterlm.ir.graph import DecoderConfig
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 #: Bytes handed to the digest at a time.
 DIGEST_CHUNK = 8 << 20
@@ -61,6 +62,20 @@ class Checkpoint(ABC):
 
         May be a read-only view of the file. Raises CheckpointError for an unknown name.
         """
+
+    def read_exact(self, name: str) -> Array:
+        """The tensor without loss: bf16 bits where it is stored so, else float32."""
+        return self.read(name, "bf16" if self._info(name).dtype == "bf16" else "fp32")
+
+    @property
+    def stored_formats(self) -> dict[str, GemmFormat]:
+        """Matrices that are stored in codes which a GEMM can read as they are, with their format;
+        ``read_coded`` gives these."""
+        return {}
+
+    def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
+        """The codes of a matrix in ``form``, or None where it has to be quantised from floats."""
+        return None
 
     @abstractmethod
     def _stored_bytes(self, name: str) -> Iterator[memoryview]:

@@ -2,7 +2,8 @@
 
 Each tensor depends on (seed, name) alone: matrices and biases are normal with standard deviation
 0.02, norm weights are normal around 1. Drawn by mapping 16 random bits through the quantiles of the
-normal distribution, which is several times faster than a rejection sampler.
+normal distribution, which is several times faster than a rejection sampler. Codes are drawn in the
+same way, without a float in between.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sinterlm.frontend.checkpoint import DIGEST_CHUNK, Checkpoint, TensorInfo
 from sinterlm.frontend.decoder import build_graph
 from sinterlm.frontend.numeric import Array, ReadDType, bf16_to_fp32, fp32_to_bf16
 from sinterlm.ir.graph import DecoderConfig
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 STD = 0.02
 #: Elements drawn per call of the bit generator (a multiple of 4).
@@ -64,6 +66,23 @@ class DummyCheckpoint(Checkpoint):
             np.take(table, bits, out=flat[at : at + bits.size])
             at += bits.size
         return out
+
+    def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix:
+        """Draw the matrix ``name`` as codes: normal, of the same deviation, one scale for all."""
+        rows, depth = self._info(name).shape
+        codes = np.empty(rows * depth, np.uint8)
+        centre = 1 << (form.bits - 1)
+        step = np.float32(np.float16(STD * 3 / centre))
+        normal = self._quantiles[128::256]
+        table = np.clip(np.rint(normal * STD / step) + centre, 0, 2 * centre - 1).astype(np.uint8)
+        at = 0
+        for words in self._random_bits(f"{name}\0codes", -(-codes.size // 2)):
+            drawn = table[words.view(np.uint8)][: codes.size - at]
+            codes[at : at + drawn.size] = drawn
+            at += drawn.size
+        scales = np.full((rows, -(-depth // (form.group or depth))), step, np.float32)
+        offsets = None if form.symmetric else -scales * np.float32(centre)
+        return CodedMatrix(codes.reshape(rows, depth), scales, offsets, form.bits, form.group)
 
     def digest(self, progress: object = None) -> str:
         """Hex SHA-256 of what decides every value: generator, seed, dtype, names and shapes."""

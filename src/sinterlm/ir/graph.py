@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sinterlm.ir.ops import Op
+    from sinterlm.ir.quant import GemmFormat
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,6 @@ class Graph:
     ops: tuple[Op, ...]
     values: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
+    #: Matrices that are stored in codes, by name; one that is not here is wide (``dtype``). Set by
+    #: ``passes.formats``. Weights that one GEMM reads together have one format.
+    formats: dict[str, GemmFormat] = field(default_factory=dict)

@@ -29,6 +29,17 @@ class GemmFormat:
     act_group: int  #: activations along k that share a scale, for act="int8"; 0 = the whole row
 
     @property
+    def block(self) -> int:
+        """Products along k that are summed as integers before a scale meets them (act="int8")."""
+        return min(self.act_group, self.group or self.act_group)
+
+    def operand_row_bytes(self, width: int) -> int:
+        """Most bytes of a row of ``width`` int8 activations at any ISA level: codes (16 bits wide
+        where 8-bit weights have no byte dot product), a scale per group, a sum per block."""
+        codes = width * (2 if self.bits == 8 else 1)
+        return codes + 4 * (width // self.act_group) + 4 * (width // self.block)
+
+    @property
     def name(self) -> str:
         """For people: ``w4g32-a8g64``, ``w4g128z`` (offsets), ``w8`` (weight-only, per channel)."""
         group = f"g{self.group}" if self.group else ""
@@ -57,3 +68,35 @@ class CodedMatrix:
             return scales * (self.codes.astype(np.float32) - centre)
         offsets = np.repeat(self.offsets, size, axis=1)[:, : self.codes.shape[1]]
         return scales * self.codes.astype(np.float32) + offsets
+
+
+#: Columns of a panel (the whole file format counts on it).
+PANEL_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class PanelShape:
+    """The bytes of one packed panel of 64 columns in codes, of depth ``k``; see ``ir/plan.py``."""
+
+    form: GemmFormat
+    k: int
+
+    @property
+    def group(self) -> int:
+        """Weights along k that share a scale."""
+        return self.form.group or self.k
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of k, the last one perhaps shorter."""
+        return -(-self.k // self.group)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Scales and offsets of one group."""
+        return PANEL_COLUMNS * ((2 if self.form.group else 4) + (0 if self.form.symmetric else 4))
+
+    @property
+    def nbytes(self) -> int:
+        """The whole panel."""
+        return PANEL_COLUMNS * self.k * self.form.bits // 8 + self.num_groups * self.tail_bytes

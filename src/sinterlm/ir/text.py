@@ -14,7 +14,9 @@ def graph_text(graph: Graph) -> str:
     lines = [f"graph {config.architecture} {graph.dtype}"]
     lines += [op_text(op, graph) for op in graph.ops]
     lines.append("weights")
-    lines += [f"  {w.name} {list(w.shape)}" for w in graph.weights.values()]
+    for weight in graph.weights.values():
+        form = graph.formats.get(weight.name)
+        lines.append(f"  {weight.name} {list(weight.shape)}{f' {form.name}' if form else ''}")
     return "\n".join(lines) + "\n"
 
 

@@ -18,9 +18,10 @@ from sinterlm.ir.ops import (
     OResidual,
 )
 from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
+from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
 LANES = 16  #: columns that a kernel finishes together
-PANEL = 64  #: columns of a panel
+PANEL = PANEL_COLUMNS
 VECTOR_ALIGN = 64  #: bytes
 PANEL_ALIGN = 4096  #: bytes
 
@@ -28,6 +29,13 @@ PANEL_ALIGN = 4096  #: bytes
 def round_up(n: int, to: int) -> int:
     """The smallest multiple of ``to`` that is at least ``n``."""
     return -(-n // to) * to
+
+
+def hidden_width(graph: Graph) -> int:
+    """Padded width of the residual stream: whole vectors, or whole groups of activations where any
+    are quantised."""
+    in_codes = any(form.act == "int8" for form in graph.formats.values())
+    return round_up(graph.config.hidden_size, PANEL if in_codes else LANES)
 
 
 def layout_weights(graph: Graph) -> WeightLayout:
@@ -41,7 +49,8 @@ def layout_hash(tensors: Sequence[PackedTensor], nbytes: int) -> int:
     for t in tensors:
         parts = (f"{s.weight}[{s.start}:{s.stop}]@{s.at}" for s in t.segments)
         sizes = f"n={t.n} k={t.k} k_real={t.k_real} offset={t.offset} nbytes={t.nbytes}"
-        lines.append(f"{t.name} {t.kind} {t.dtype} {sizes} {' '.join(parts)}")
+        form = f"{t.dtype} {t.format}" if t.format else t.dtype
+        lines.append(f"{t.name} {t.kind} {form} {sizes} {' '.join(parts)}")
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -52,7 +61,7 @@ class _Layout:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.config = graph.config
-        self.hidden = round_up(graph.config.hidden_size, LANES)
+        self.hidden = hidden_width(graph)
         self.tensors: list[PackedTensor] = []
         self.end = 0
 
@@ -84,10 +93,12 @@ class _Layout:
         """The embedding table, unless it is lm_head's panels; the first norm."""
         if not self.config.tie_word_embeddings:
             vocab = self.config.vocab_size
-            self.place(
-                "embed", "rows", vocab, self.hidden, self.config.hidden_size,
-                [Segment(op.table, 0, vocab, 0)],
-            )  # fmt: skip
+            segments = [Segment(op.table, 0, vocab, 0)]
+            if op.table in self.graph.formats:
+                self.panels("embed", segments, vocab, self.hidden)
+            else:
+                real = self.config.hidden_size
+                self.place("embed", "rows", vocab, self.hidden, real, segments)
         self.norm("layers.0.attn_norm", op.norm_weight)
 
     def qkv(self, op: NormQkvRopeKv) -> None:
@@ -147,7 +158,8 @@ class _Layout:
     def panels(self, name: str, segments: Sequence[Segment], columns: int, depth: int) -> None:
         """A GEMM operand of ``columns`` columns and padded depth."""
         k_real = self.graph.weights[segments[0].weight].shape[1]
-        self.place(name, "panels", round_up(columns, PANEL), depth, k_real, segments)
+        form = self.graph.formats.get(segments[0].weight)
+        self.place(name, "panels", round_up(columns, PANEL), depth, k_real, segments, form)
 
     def vector(self, name: str, n: int, segments: Sequence[Segment]) -> None:
         """fp32 [n]."""
@@ -161,13 +173,18 @@ class _Layout:
         k: int,
         k_real: int,
         segments: Sequence[Segment],
+        form: GemmFormat | None = None,
     ) -> None:
         """Append one tensor at the next aligned offset."""
-        dtype: Literal["bf16", "fp32"] = (
-            "bf16" if kind != "vector" and self.graph.dtype == "bf16" else "fp32"
-        )
-        nbytes = n * k * (2 if dtype == "bf16" else 4)
+        dtype: Literal["bf16", "fp32", "int8", "int4"]
+        if form is not None:
+            dtype = "int8" if form.bits == 8 else "int4"
+            nbytes = n // PANEL * PanelShape(form, k).nbytes
+        else:
+            dtype = "bf16" if kind != "vector" and self.graph.dtype == "bf16" else "fp32"
+            nbytes = n * k * (2 if dtype == "bf16" else 4)
         offset = round_up(self.end, VECTOR_ALIGN if kind == "vector" else PANEL_ALIGN)
-        tensor = PackedTensor(name, kind, dtype, n, k, k_real, tuple(segments), offset, nbytes)
+        parts = tuple(segments)
+        tensor = PackedTensor(name, kind, dtype, n, k, k_real, parts, offset, nbytes, form)
         self.tensors.append(tensor)
         self.end = offset + nbytes

@@ -15,7 +15,8 @@ from sinterlm.ir import ops
 from sinterlm.ir.cost import FP32_BYTES, operand_bytes
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Buffer, MemoryPlan
-from sinterlm.passes.layout import LANES, PANEL, round_up
+from sinterlm.passes.formats import matrices
+from sinterlm.passes.layout import LANES, PANEL, hidden_width, round_up
 
 ALIGN = 64  #: bytes
 Unit = Literal["T", "R"]
@@ -102,17 +103,31 @@ def homes(op: ops.Op) -> dict[str, str]:
 
 
 def buffer_bytes(graph: Graph) -> dict[str, int]:
-    """Bytes per unit of every buffer: its padded width."""
-    config, size = graph.config, operand_bytes(graph)
-    hidden = round_up(config.hidden_size, LANES)
+    """Bytes per unit of every buffer: its padded width, in the widest form that it takes."""
+    config, hidden = graph.config, hidden_width(graph)
     heads = round_up(config.num_heads * config.head_dim, LANES)
+    streams = (ops.NormQkvRopeKv, ops.NormGateUpAct, ops.NormLmHeadSample)
     return {
         "x": hidden * FP32_BYTES,
-        "xw": hidden * size,
+        "xw": operand_row_bytes(graph, hidden, streams),
         "ssq": hidden // LANES * FP32_BYTES,
-        "q": heads * size,
-        "y": heads * size,
-        "h": round_up(config.intermediate_size, PANEL) * size,
+        "q": heads * operand_bytes(graph),
+        "y": operand_row_bytes(graph, heads, (ops.OResidual,)),
+        "h": operand_row_bytes(
+            graph, round_up(config.intermediate_size, PANEL), (ops.DownResidual,)
+        ),
         "logits": round_up(config.vocab_size, PANEL) * FP32_BYTES,
-        "gathered": hidden * size,
+        "gathered": operand_row_bytes(graph, hidden, (ops.NormLmHeadSample,)),
     }
+
+
+def operand_row_bytes(graph: Graph, width: int, readers: tuple[type[ops.Op], ...]) -> int:
+    """Bytes of a row that ops of the kinds ``readers`` multiply, each in its own format."""
+    sizes = {0}
+    for op in graph.ops:
+        if isinstance(op, readers):
+            form = graph.formats.get(matrices(op)[0])
+            in_codes = form is not None and form.act == "int8"
+            wide = width * operand_bytes(graph)
+            sizes.add(form.operand_row_bytes(width) if form and in_codes else wide)
+    return max(sizes)

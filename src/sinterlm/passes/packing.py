@@ -1,6 +1,7 @@
 """Turns checkpoint tensors into the bytes of the packed file, a few panels at a time.
 
-Padding is zeros. NaN and infinity pass through. Holds the checkpoint tensors that one packed tensor
+Padding is zeros. NaN and infinity pass through. Matrices that are stored in codes are quantised
+here, unless the checkpoint has their codes. Holds the checkpoint tensors that one packed tensor
 is made of and two chunks, never a packed tensor whole. Refuses a tensor of another shape or dtype.
 """
 
@@ -13,37 +14,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinterlm.errors import CheckpointError
+from sinterlm.ir.bf16 import from_bf16
 from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
 from sinterlm.passes.layout import PANEL
+from sinterlm.passes.packing_codes import PanelWriter, rows_of, unpack_codes
+from sinterlm.passes.quantise import quantise
 
-PACKER_VERSION = "1"  #: part of the key of packed weights: bump when packed bytes change
+PACKER_VERSION = "2"  #: part of the key of packed weights: bump when packed bytes change
 
 Read = Callable[[str, Literal["bf16", "fp32"]], NDArray[Any]]
+
+#: A matrix as floats without loss: bf16 bits where bf16 holds every value, else float32.
+ReadExact = Callable[[str], NDArray[Any]]
+#: The codes a checkpoint has for a matrix, in the format of the layout; None = it has floats.
+ReadCoded = Callable[[str, GemmFormat], CodedMatrix | None]
 
 #: Most columns and bytes packed at a time: what stays in cache between its two copies is fast.
 _CHUNK_COLUMNS = 16 * PANEL
 _CHUNK_BYTES = 1 << 20
 
 
-def packed_chunks(layout: WeightLayout, read: Read) -> Iterator[tuple[int, memoryview]]:
+def packed_chunks(
+    layout: WeightLayout,
+    read: Read,
+    read_exact: ReadExact | None = None,
+    read_coded: ReadCoded | None = None,
+) -> Iterator[tuple[int, memoryview]]:
     """``(offset, bytes)`` of the whole file, ascending. ``read(name, dtype)`` gives a checkpoint
-    tensor [out, in] (or [n]) as uint16 bf16 bits or float32. Raises what ``read`` raises, and
+    tensor [out, in] (or [n]) as uint16 bf16 bits or float32. Raises what the readers raise, and
     CheckpointError for a tensor that does not have the rows and columns that the layout counts on.
     """
+    exact = read_exact or (lambda name: read(name, "fp32"))
+    coded = read_coded or (lambda name, form: None)
     for tensor in layout.tensors:
         offset = tensor.offset
-        for chunk in tensor_chunks(tensor, read):
+        is_coded = tensor.format is not None
+        chunks = coded_chunks(tensor, exact, coded) if is_coded else tensor_chunks(tensor, read)
+        for chunk in chunks:
             yield offset, chunk.reshape(-1).view(np.uint8).data
             offset += chunk.nbytes
 
 
 def pack(tensor: PackedTensor, read: Read) -> NDArray[Any]:
-    """One packed tensor whole, flat, as uint16 (bf16) or float32."""
-    return np.concatenate([chunk.reshape(-1) for chunk in tensor_chunks(tensor, read)])
+    """One packed tensor whole, flat, as uint16 (bf16) or float32; in codes, as bytes."""
+    if tensor.format is not None:
+        chunks = coded_chunks(tensor, lambda name: read(name, "fp32"), lambda name, form: None)
+    else:
+        chunks = tensor_chunks(tensor, read)
+    return np.concatenate([chunk.reshape(-1) for chunk in chunks])
 
 
 def unpack(tensor: PackedTensor, packed: NDArray[Any]) -> NDArray[Any]:
-    """The inverse of ``pack``: [n, k] columns in packed order (``vector``: [n])."""
+    """The inverse of ``pack``: [n, k] columns in packed order (``vector``: [n]); what codes stand
+    for comes back as float32."""
+    if tensor.format is not None:
+        return unpack_codes(tensor, packed).dequantise()
     if tensor.kind == "vector":
         return packed.reshape(tensor.n)
     if tensor.kind == "rows":
@@ -73,6 +99,39 @@ def tensor_chunks(tensor: PackedTensor, read: Read) -> Iterator[NDArray[Any]]:
         yield _panels(columns) if tensor.kind == "panels" else columns
 
 
+def coded_chunks(
+    tensor: PackedTensor, read_exact: ReadExact, read_coded: ReadCoded
+) -> Iterator[NDArray[np.uint8]]:
+    """The panels of one tensor in codes, in order; floats are quantised as they come."""
+    form = tensor.format
+    assert form is not None
+    width = max(PANEL, min(_CHUNK_COLUMNS, _CHUNK_BYTES // tensor.k) // PANEL * PANEL)
+    floats: dict[str, NDArray[Any]] = {}
+    codes: dict[str, CodedMatrix] = {}
+    for first in range(0, tensor.n, width):
+        last = min(first + width, tensor.n)
+        writer = PanelWriter(tensor, last - first)
+        for segment in tensor.segments:
+            lo, hi = max(segment.at, first), min(_end(segment), last)
+            if lo >= hi:
+                continue
+            name, start, stop = segment.weight, lo - segment.at, hi - segment.at
+            start, stop = segment.start + start, segment.start + stop
+            if name not in codes and name not in floats:
+                ready = read_coded(name, form)
+                if ready is not None:
+                    codes[name] = _checked_codes(tensor, name, ready)
+                else:
+                    floats[name] = _checked(tensor, name, read_exact(name))
+            if name in codes:
+                writer.put(lo - first, rows_of(codes[name], start, stop))
+                continue
+            rows = floats[name][start:stop]
+            wide = from_bf16(rows) if rows.dtype == np.uint16 else rows
+            writer.put(lo - first, quantise(wide, form.bits, form.group, form.symmetric))
+        yield writer.panels()
+
+
 def _end(segment: Segment) -> int:
     """One past the last packed column."""
     return segment.at + segment.stop - segment.start
@@ -80,16 +139,39 @@ def _end(segment: Segment) -> int:
 
 def _matrix(tensor: PackedTensor, weight: str, read: Read) -> NDArray[Any]:
     """A checkpoint tensor as [rows, k_real]."""
-    found = read(weight, tensor.dtype)
-    needed = max(s.stop for s in tensor.segments if s.weight == weight)
+    wanted: Literal["bf16", "fp32"] = "bf16" if tensor.dtype == "bf16" else "fp32"
+    found = read(weight, wanted)
+    return _checked(tensor, weight, found, np.uint16 if wanted == "bf16" else np.float32)
+
+
+def _checked(
+    tensor: PackedTensor, weight: str, found: NDArray[Any], element: type | None = None
+) -> NDArray[Any]:
+    """``found`` [rows, k_real]. Raises CheckpointError for another shape or ``element``."""
+    needed = _rows_needed(tensor, weight)
     expected = (needed,) if tensor.kind == "vector" else (needed, tensor.k_real)
-    element = np.uint16 if tensor.dtype == "bf16" else np.float32
+    element = element or (np.uint16 if found.dtype == np.uint16 else np.float32)
     if found.shape != expected or found.dtype != element:
         raise CheckpointError(
             f"tensor {weight!r} was read as {found.dtype}{list(found.shape)}, and {tensor.name!r} "
             f"is packed from {np.dtype(element)}{list(expected)}; compile the checkpoint again"
         )
     return found.reshape(needed, tensor.k_real)
+
+
+def _checked_codes(tensor: PackedTensor, weight: str, found: CodedMatrix) -> CodedMatrix:
+    """``found``. Raises CheckpointError for another shape."""
+    expected = (_rows_needed(tensor, weight), tensor.k_real)
+    if found.codes.shape != expected:
+        raise CheckpointError(
+            f"the codes of tensor {weight!r} are {list(found.codes.shape)}, and {tensor.name!r} is "
+            f"packed from {list(expected)}; compile the checkpoint again"
+        )
+    return found
+
+
+def _rows_needed(tensor: PackedTensor, weight: str) -> int:
+    return max(s.stop for s in tensor.segments if s.weight == weight)
 
 
 def _panels(columns: NDArray[Any]) -> NDArray[Any]:

@@ -4,15 +4,17 @@ means what the first one meant: the reference runs each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Plan
+from sinterlm.ir.quant import GemmFormat
 from sinterlm.ir.text import graph_text
 from sinterlm.ir.verify import verify
+from sinterlm.passes.formats import Scheme, choose_formats
 from sinterlm.passes.fuse_attention import fuse_o_residual, fuse_qkv
 from sinterlm.passes.fuse_ends import fuse_embed, fuse_head
 from sinterlm.passes.fuse_mlp import fuse_down_residual, fuse_gate_up
@@ -61,13 +63,20 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def plan(graph: Graph, dump_dir: Path | None = None) -> Plan:
-    """Fuse a graph of plain ops and place its weights and activations.
+def plan(
+    graph: Graph,
+    dump_dir: Path | None = None,
+    scheme: Scheme | None = None,
+    stored: Mapping[str, GemmFormat] | None = None,
+) -> Plan:
+    """Fuse a graph of plain ops, choose the formats of its matrices, and place weights and
+    activations. ``stored`` are the formats of those whose codes the checkpoint brings.
 
     ``dump_dir`` receives ``00-frontend.txt``, then one file per pass. Raises PassError and
-    VerifyError, both our own bugs.
+    VerifyError, both our own bugs, and what ``choose_formats`` raises.
     """
-    fused = fuse(graph, dump_dir)
+    fused = choose_formats(fuse(graph, dump_dir), scheme, stored)
+    _dump(fused, len(PIPELINE) + 1, "formats", dump_dir)
     return Plan(fused, layout_weights(fused), plan_memory(fused))
 
 

@@ -114,7 +114,7 @@ def with_ops(graph: Graph, ops: Iterable[Op]) -> Graph:
     """The graph with other ops: its value table is inferred anew from its inputs, in order."""
     ops = tuple(ops)
     values: dict[str, Value] = {value.name: value for value in INPUTS}
-    out = Graph(graph.config, graph.dtype, ops, values, graph.weights)
+    out = Graph(graph.config, graph.dtype, ops, values, graph.weights, graph.formats)
     for op in ops:
         for value in infer_values(op, out):
             values[value.name] = value

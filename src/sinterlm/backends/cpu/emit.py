@@ -55,6 +55,10 @@ class _Emitter:
         ops = plan.graph.ops
         self.kinds = tuple(dict.fromkeys(op.kind for op in ops))
         config = self.config
+        if plan.graph.formats:
+            raise UnsupportedModelError(
+                "the CPU kernels do not read quantised weights yet; leave --quantization out"
+            )
         if (
             config.head_dim % LANES
             or config.num_heads % config.num_kv_heads
