@@ -25,6 +25,10 @@ class SinterError(Exception):
 class UsageError(SinterError):
     """A flag, field or value the user gave is wrong; the message names it."""
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field  #: its name alone, where one field is to blame
+
 
 class PromptError(UsageError):
     """A prompt that is empty, too long, or holds a token id outside the vocabulary."""

@@ -99,6 +99,7 @@ class ServeOptions:
 
     unknown_fields: Literal["error", "warn"] = "error"  #: fields of a body that nothing reads
     chat_template: Path | None = None  #: jinja file used instead of the model's own template
+    trust_request_chat_template: bool = False  #: a request may bring a template of its own
     #: A name of ``serve.parsers.TOOL_PARSERS``; auto = by the chat template; none = no parsing.
     tool_call_parser: str = "auto"
     #: A name of ``serve.parsers.REASONING_PARSERS``; auto = by the chat template; none = none.

@@ -22,6 +22,7 @@ VARIABLES: dict[str, str] = {
     "SINTERLM_DEBUG": "1 = the command line shows the traceback of an error",
     "SINTERLM_ISA": "ISA level to build for (default: the widest this machine has)",
     "SINTERLM_NUM_THREADS": "threads of the model (default: the CPUs this process may use)",
+    "SINTERLM_SERVER_DEV_MODE": "1 = serve what only development needs: /reset_prefix_cache",
 }
 
 _SERVICE_NUMBER = re.compile(r"SINTERLM(_[A-Z0-9_]+)?_SERVICE_PORT(_[A-Z0-9_]+)?")

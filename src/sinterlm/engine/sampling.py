@@ -115,7 +115,7 @@ def default_sampling_params(generation: Mapping[str, Any]) -> SamplingParams:
 
 
 def _bad(name: str, value: object, why: str) -> UsageError:
-    return UsageError(f"{name}={value!r} {why}")
+    return UsageError(f"{name}={value!r} {why}", field=name.split("[")[0])
 
 
 def _check_numbers(params: SamplingParams) -> None:

@@ -1,0 +1,75 @@
+"""build_app(): every route of the server, in one table.
+
+Middleware (keys, limits, logs, CORS) is laid around it by the server; the page at / and /metrics
+are mounted here and written elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sinterlm.options import ServeOptions
+from sinterlm.serve.bridge import Bridge
+from sinterlm.serve.context import Context
+from sinterlm.serve.errors import ApiError, ErrorType, from_exception
+from sinterlm.serve.metrics import Metrics
+from sinterlm.serve.models import Models
+from sinterlm.serve.probes import Probes
+from sinterlm.serve.served import ServedModel
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(
+    bridge: Bridge, info: ServedModel, options: ServeOptions, metrics: Metrics
+) -> Starlette:
+    """The application of one served model. The bridge is started and stopped by the caller."""
+    context = Context(bridge, info, options, metrics, itertools.count())
+    models, probes = Models(info), Probes(context)
+    routes = [
+        _get("/v1/models", models.list_models),
+        _get("/v1/models/{name:path}", models.show_model),
+        _get("/health", probes.health),
+        _get("/ready", probes.ready),
+        _get("/version", probes.version),
+        _get("/metrics", probes.metrics),
+    ]
+    return Starlette(
+        routes=routes,
+        exception_handlers={
+            ApiError: _answer_error,
+            HTTPException: _answer_http_error,
+            Exception: _answer_error,
+        },
+    )
+
+
+def _get(path: str, handler: Handler) -> Route:
+    return Route(path, handler, methods=["GET"])
+
+
+async def _answer_error(request: Request, exc: Exception) -> Response:
+    error = from_exception(exc)
+    return Response(
+        error.encoded(), error.status, media_type="application/json", headers=error.headers
+    )
+
+
+async def _answer_http_error(request: Request, exc: Exception) -> Response:
+    """Starlette's own refusals (no such route, wrong method) in OpenAI's shape."""
+    assert isinstance(exc, HTTPException)
+    what = f"{request.method[:10]} {request.url.path[:100]}"
+    message = {
+        404: f"there is no {what}; see /openapi.json for the routes there are",
+        405: f"{what} is not possible; allowed: {(exc.headers or {}).get('Allow', '')}",
+    }.get(exc.status_code, exc.detail)
+    kind: ErrorType = "not_found_error" if exc.status_code == 404 else "invalid_request_error"
+    error = ApiError(exc.status_code, message, kind=kind, headers=exc.headers)
+    return await _answer_error(request, error)
