@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from sinterlm.bench.recording import RecordingModel
 from sinterlm.bench.results import MachineFacts, ModelFacts, Peaks
 from sinterlm.engine.llm import LLM
 from sinterlm.options import EngineOptions
-from sinterlm.runtime.machine import read_machine
+from sinterlm.runtime.machine import cpu_name, read_machine
 
 #: Seconds of one probe beside the making of its buffer.
 PROBE_S = 0.5
@@ -55,7 +54,7 @@ def machine_facts() -> MachineFacts:
     """This machine as this process sees it."""
     machine = read_machine()
     return MachineFacts(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         num_cpus=machine.num_cpus,
         cpu_quota=machine.cpu_quota,
         memory_bytes=machine.memory_limit,
@@ -80,16 +79,3 @@ def model_facts(bundle: Bundle, model: RecordingModel) -> ModelFacts:
         huge_pages=facts["huge_pages"],
         bundle_sha256=bundle.manifest_sha256,
     )
-
-
-def _cpu_name(root: Path = Path("/")) -> str:
-    """The processor's name; its architecture where the system does not say."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,15 @@ def read_machine(root: Path = Path("/"), cpu_ids: tuple[int, ...] | None = None)
     limit = min([total, *(limit for limit, _ in limits)])
     quotas = list(_cpu_quotas(root))
     return Machine(ids, min(quotas) if quotas else None, max(0, available), limit)
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's name; its architecture where the system does not say."""
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
 
 
 def _host_memory(root: Path) -> tuple[int, int]:

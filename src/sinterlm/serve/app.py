@@ -23,6 +23,7 @@ from sinterlm.serve.metrics import Metrics
 from sinterlm.serve.models import Models
 from sinterlm.serve.probes import Probes
 from sinterlm.serve.served import ServedModel
+from sinterlm.serve.web import page_routes
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -40,6 +41,7 @@ def build_app(
         _get("/ready", probes.ready),
         _get("/version", probes.version),
         _get("/metrics", probes.metrics),
+        *page_routes(context),
     ]
     return Starlette(
         routes=routes,

@@ -145,7 +145,7 @@ export class DistributionChart {
     const most = Math.max(1, ...counts);
     const width = WIDTH / Math.max(counts.length, 1);
     const bars = counts.map((count, index) => {
-      const height = count === 0 ? 0 : Math.max(2, (count / most) * (HEIGHT - 8));
+      const height = count === 0 ? 0 : Math.max(2, (count / most) * (HEIGHT - 26));
       return s("rect", {
         x: index * width + width * 0.06,
         y: HEIGHT - height,

@@ -126,12 +126,11 @@ export class Dashboard {
 
 function stateOf(stats) {
   if (stats.failure) return ["bad", "Engine failed"];
-  if (stats.draining) return ["busy", "Draining"];
-  return stats.ready ? ["good", "Ready"] : ["busy", "Starting"];
+  return stats.ready ? ["good", "Ready"] : ["busy", "Draining"];
 }
 
 function drawOps({ ops, steps, step_seconds_total: stepSeconds }) {
-  const rows = ops.map(({ name, calls, seconds: spent, roof }) => {
+  const rows = ops.map(({ name, calls, seconds: spent, roof_fraction: roof }) => {
     const share = stepSeconds > 0 ? spent / stepSeconds : null;
     return h(
       "tr",
