@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts.mock_openai import Plan
 
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.bench.recording import RecordingModel
 from sinterlm.compile import compile_model
 from sinterlm.options import CompileOptions
+from tests.bench.mock import Mock, running_mock
 from tests.conftest import ROOT
 
 #: Two layers, with a tokenizer.
@@ -36,3 +39,17 @@ def high_roof(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
 
     monkeypatch.setattr(RecordingModel, "probe", probe)
     return found
+
+
+@pytest.fixture(scope="session")
+def mock_server() -> Iterator[Mock]:
+    """One stand-in server for all tests; each tells it what to do."""
+    with running_mock() as mock:
+        yield mock
+
+
+@pytest.fixture
+def mock(mock_server: Mock) -> Mock:
+    """The stand-in, with its default plan: three chunks."""
+    mock_server.script([Plan()])
+    return mock_server

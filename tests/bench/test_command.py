@@ -14,6 +14,7 @@ from sinterlm import cli
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.bench.startup import first_token_seconds
 from sinterlm.commands import bench
+from sinterlm.commands.bench import local, startup
 from sinterlm.errors import RuntimeFault
 from sinterlm.options import CompileOptions
 from tests.bench.conftest import TINY
@@ -127,10 +128,10 @@ def test_names_of_shapes_run_with_random_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench._with_dummy_weights(CompileOptions("qwen2.5-0.5b")).load_format == "dummy"
-    assert bench._with_dummy_weights(CompileOptions("smollm2")).load_format == "auto"
+    assert local.with_dummy_weights(CompileOptions("qwen2.5-0.5b")).load_format == "dummy"
+    assert local.with_dummy_weights(CompileOptions("smollm2")).load_format == "auto"
     (tmp_path / "qwen2.5-0.5b").mkdir()
-    assert bench._with_dummy_weights(CompileOptions("qwen2.5-0.5b")).load_format == "auto"
+    assert local.with_dummy_weights(CompileOptions("qwen2.5-0.5b")).load_format == "auto"
 
 
 def test_startup(tiny: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -156,4 +157,4 @@ def test_startup_hands_its_flags_on() -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args(["startup", "m", "--cache-dir", "c", *given])
-    assert bench.run_words(args) == ["m", *given]
+    assert startup.run_words(args) == ["m", *given]

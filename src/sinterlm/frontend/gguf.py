@@ -153,6 +153,18 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_PER_LAYER[match[2]]}.{match[3]}"
 
 
+def gguf_name(name: str) -> str:
+    """Inverse of ``hugging_face_name``; a name with no counterpart is returned unchanged."""
+    for stored, ours in _GLOBAL.items():
+        if ours == name:
+            return stored
+    match = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)", name, re.ASCII)
+    theirs = {ours: theirs for theirs, ours in _PER_LAYER.items()}
+    if match is None or match[2] not in theirs:
+        return name
+    return f"blk.{match[1]}.{theirs[match[2]]}.{match[3]}"
+
+
 def _dequantize(raw: Array, number: int, block: BlockType) -> NDArray[np.float32]:
     """float32 [elements] of whole blocks, uint8 [n * block.nbytes]."""
     from gguf import GGMLQuantizationType, quants  # here: it takes 0.3 s to import
@@ -170,4 +182,11 @@ def _undo_interleave(rows: Array, heads: int) -> Array:
         return rows  # a wrong shape, which check_tensors reports
     pairs = rows.shape[0] // heads // 2
     split = rows.reshape(heads, pairs, 2, *rows.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(split.reshape(rows.shape))
+
+
+def redo_interleave(rows: Array, heads: int) -> Array:
+    """Inverse of ``_undo_interleave``: rows of each head from (half, pair) to (pair, half)."""
+    pairs = rows.shape[0] // heads // 2
+    split = rows.reshape(heads, 2, pairs, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(split.reshape(rows.shape))

@@ -39,6 +39,25 @@ class Tokenizer:
         """Any of these ends generation, unless ignored."""
         return self.assets.eos_token_ids
 
+    @property
+    def base_vocab_size(self) -> int:
+        """Tokens of the vocabulary without those added to it. Raises UsageError without one."""
+        size: int = self._require_tokenizer().get_vocab_size(with_added_tokens=False)
+        return size
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that have a role: bos, eos, unk, pad and their like."""
+        tokenizer = self._require_tokenizer()
+        found = (tokenizer.token_to_id(text) for text in self.assets.special_tokens.values())
+        return tuple(sorted({token_id for token_id in found if token_id is not None}))
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens that the post-processor adds to a text."""
+        count: int = self._require_tokenizer().num_special_tokens_to_add(False)
+        return count
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it become their ids, as usual.
 
