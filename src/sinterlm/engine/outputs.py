@@ -23,6 +23,9 @@ class Logprob:
 #: Per drawn token: the drawn token first, then the n best, each token id once.
 TokenLogprobs = dict[int, Logprob]
 
+#: Per prompt token: itself first, then the n best. Nothing comes before the first: None.
+PromptLogprobs = list[TokenLogprobs | None]
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
@@ -60,6 +63,8 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+    prompt_logprobs: PromptLogprobs | None = None  #: None unless asked for
+    num_cached_tokens: int = 0  #: prompt tokens found in the prefix cache
     finished: bool = True
 
 

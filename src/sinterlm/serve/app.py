@@ -9,20 +9,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from sinterlm.options import ServeOptions
 from sinterlm.serve.bridge import Bridge
+from sinterlm.serve.chat import ChatEndpoint
+from sinterlm.serve.completions import CompletionEndpoint
 from sinterlm.serve.context import Context
 from sinterlm.serve.errors import ApiError, ErrorType, from_exception
 from sinterlm.serve.metrics import Metrics
 from sinterlm.serve.models import Models
+from sinterlm.serve.openapi import openapi_document
 from sinterlm.serve.probes import Probes
+from sinterlm.serve.request_ids import RequestIds
 from sinterlm.serve.served import ServedModel
+from sinterlm.serve.tokens import TokensEndpoint
 from sinterlm.serve.web import page_routes
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -33,18 +40,26 @@ def build_app(
 ) -> Starlette:
     """The application of one served model. The bridge is started and stopped by the caller."""
     context = Context(bridge, info, options, metrics, itertools.count())
-    models, probes = Models(info), Probes(context)
+    models, probes, tokens = Models(info), Probes(context), TokensEndpoint(context)
     routes = [
+        _post("/v1/chat/completions", ChatEndpoint(context)),
+        _post("/v1/completions", CompletionEndpoint(context)),
         _get("/v1/models", models.list_models),
         _get("/v1/models/{name:path}", models.show_model),
+        _post("/tokenize", tokens.tokenize),
+        _post("/detokenize", tokens.detokenize),
         _get("/health", probes.health),
         _get("/ready", probes.ready),
         _get("/version", probes.version),
+        _get("/openapi.json", _Document(openapi_document(dev_mode=options.dev_mode))),
         _get("/metrics", probes.metrics),
         *page_routes(context),
     ]
+    if options.dev_mode:
+        routes.append(_post("/reset_prefix_cache", probes.reset_prefix_cache))
     return Starlette(
         routes=routes,
+        middleware=[Middleware(RequestIds)],
         exception_handlers={
             ApiError: _answer_error,
             HTTPException: _answer_http_error,
@@ -53,8 +68,34 @@ def build_app(
     )
 
 
+class _Document:
+    """Answers with one JSON document, encoded once."""
+
+    def __init__(self, document: object) -> None:
+        self._body = msgspec.json.encode(document)
+
+    async def __call__(self, request: Request) -> Response:
+        return Response(self._body, media_type="application/json")
+
+
 def _get(path: str, handler: Handler) -> Route:
-    return Route(path, handler, methods=["GET"])
+    return Route(path, _guarded(handler), methods=["GET"])
+
+
+def _post(path: str, handler: Handler) -> Route:
+    return Route(path, _guarded(handler), methods=["POST"])
+
+
+def _guarded(handler: Handler) -> Handler:
+    """``handler`` with everything it may raise turned into an answer, and logged if it is ours."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as exc:
+            raise from_exception(exc) from exc
+
+    return guarded
 
 
 async def _answer_error(request: Request, exc: Exception) -> Response:

@@ -47,3 +47,7 @@ class Probes:
         """Prometheus' text format."""
         body, content_type = self._metrics.render(request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
+
+    async def reset_prefix_cache(self, request: Request) -> Response:
+        """Forget every cached prefix, between two steps; for measuring a cold cache."""
+        raise ApiError(501, "there is no prefix cache yet", code="not_implemented")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sinterlm.engine.llm import LLM
@@ -42,6 +43,16 @@ class ServedModel:
                 param="model",
                 code="model_not_found",
             )
+
+    def echoed(self, text: str | None, token_ids: Iterable[int]) -> str:
+        """A prompt as text: as it was given, or what its token ids read as."""
+        if text is not None or not self.tokenizer.has_vocabulary:
+            return text or ""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a piece of an answer."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
     @property
     def template_source(self) -> str:

@@ -110,11 +110,13 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt text of a conversation. Encode it with ``add_special_tokens=False``: the
         template writes the beginning-of-sequence token itself where the model wants one.
 
-        Raises UsageError when there is no template, it refuses the messages, or it breaks a limit.
+        ``continue_final_message`` ends the text with the last message's content, left open. Raises
+        UsageError when there is no template, it refuses the messages, or it breaks a limit.
         """
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise UsageError(f"chat_template_kwargs={chat_template_kwargs!r} must be an object")
@@ -124,14 +126,18 @@ class Tokenizer:
         reserved = {"messages", "tools", "add_generation_prompt"} & set(extra)
         if reserved:
             raise UsageError(f"chat_template_kwargs may not set {', '.join(sorted(reserved))}")
+        if continue_final_message and add_generation_prompt:
+            raise UsageError("continue_final_message=True needs add_generation_prompt=False")
+        checked = checked_messages(messages)
         variables = {
             **self.assets.special_tokens,
             **extra,
-            "messages": checked_messages(messages),
+            "messages": checked,
             "tools": None if tools is None else [dict(tool) for tool in tools],
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._compiled(chat_template).render(variables)
+        text = self._compiled(chat_template).render(variables)
+        return _left_open(text, checked[-1]["content"]) if continue_final_message else text
 
     def _compiled(self, chat_template: str | None) -> ChatTemplate:
         if chat_template is not None:
@@ -178,6 +184,18 @@ def _why_not_text(text: object, exc: Exception) -> str:
     except UnicodeEncodeError as bad:
         return f"character {bad.start} is no Unicode character; give valid UTF-8"
     return str(exc)
+
+
+def _left_open(text: str, content: str | None) -> str:
+    """``text`` up to the end of ``content``, its last message; templates may strip a content."""
+    words = (content or "").strip()
+    start = text.rfind(words) if words else -1
+    if start < 0:
+        raise UsageError(
+            "continue_final_message=True needs a last message with text that the template shows"
+        )
+    whole = (content or "").lstrip()
+    return text[:start] + (whole if text.startswith(whole, start) else words)
 
 
 def _are_objects(items: object) -> bool:

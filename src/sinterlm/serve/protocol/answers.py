@@ -64,3 +64,9 @@ class Version(msgspec.Struct):
     """``GET /version``."""
 
     version: str
+
+
+class ResetAnswer(msgspec.Struct):
+    """``POST /reset_prefix_cache``."""
+
+    success: bool

@@ -50,7 +50,11 @@ def refused(meaning: str, *neutral: object) -> msgspec.Meta:
 
 
 def _meta(status: Status, meaning: str, neutral: tuple[object, ...] = ()) -> msgspec.Meta:
-    return msgspec.Meta(description=meaning, extra={"status": status, "neutral": neutral})
+    return msgspec.Meta(
+        description=meaning,
+        extra_json_schema={"x-status": status.value},
+        extra={"status": status, "neutral": neutral},
+    )
 
 
 def rules_of(kind: type[msgspec.Struct]) -> tuple[FieldRule, ...]:
