@@ -57,6 +57,7 @@ int main(void) {
   step.page_table = pages;
   step.page_table_stride = want.num_pages;
   step.kv = &kv;
+  step.num_steps = 1;
   step.out_logits = logits;
   check(sl_step(model, &step), "sl_step");
   fwrite(logits, sizeof(float), (size_t)N * JOB_VOCAB, stdout);

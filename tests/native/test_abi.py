@@ -301,6 +301,7 @@ class Raw:
             kv=ctypes.pointer(model._kv),
             page_table_stride=batch.page_table.shape[1],
             num_sample_rows=0,
+            num_steps=1,
         )
         names = "token_ids", "positions", "query_start", "context_lens", "page_table", "sample_rows"
         for name in names:

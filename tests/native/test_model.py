@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from sinterlm.errors import RuntimeFault
 from sinterlm.ir.reference import RefBatch, RefCache, run
-from sinterlm.runtime.batch import RowSampling
+from sinterlm.runtime.batch import RowSampling, StepBatch, StepResult
+from sinterlm.runtime.model import Model
 from tests.native.conftest import MakeTiny
-from tests.native.tiny import CONFIGS, Tiny, prefill, step_batch
+from tests.native.tiny import CONFIGS, MAX_LEN, Tiny, prefill, step_batch
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(0, 130, 90)]
 PAGES = [5, 3, 60, 0, 17, 33, 2]
@@ -139,6 +144,96 @@ class TestSampling:
             assert result.tokens.size == 0 and result.logits is None
             got = model.step(step_batch(([3, 4], 12, IDS[12:20]))).logits
             assert got is not None and got.tobytes() == want.tobytes()
+
+
+class TestSeveralSteps:
+    """Steps of one call equal the same steps one by one, byte for byte."""
+
+    ROWS = (
+        RowSampling(num_logprobs=2, position=30),
+        RowSampling(temperature=0.8, top_p=0.9, seed=3, num_logprobs=0, position=7),
+    )
+    STARTS = ((PAGES, IDS[:30]), ([9, 8], IDS[40:47]))
+
+    def begin(self, model: Model) -> list[int]:
+        """Both prompts in the cache; the first token of each."""
+        runs = [(pages, 0, ids) for pages, ids in self.STARTS]
+        rows = [len(runs[0][2]) - 1, len(runs[0][2]) + len(runs[1][2]) - 1]
+        return model.step(step_batch(*runs, rows=rows, sampling=self.ROWS, max_logprobs=2)).tokens
+
+    def decodes(self, tokens: list[int], done: int, stops: tuple[int, ...] = ()) -> StepBatch:
+        """The step after ``done`` steps, fed ``tokens``."""
+        runs = [
+            (pages, len(ids) + done, [int(token)])
+            for (pages, ids), token in zip(self.STARTS, tokens, strict=True)
+        ]
+        rows = tuple(
+            replace(row, position=row.position + 1 + done, stop_tokens=np.array(stops, np.int32))
+            for row in self.ROWS
+        )
+        return step_batch(*runs, rows=[0, 1], sampling=rows, max_logprobs=2, want_logits=False)
+
+    def one_by_one(self, model: Model, steps: int) -> list[StepResult]:
+        tokens, results = self.begin(model), []
+        for done in range(steps):
+            results.append(model.step(self.decodes(tokens, done)))
+            tokens = results[-1].tokens
+        return results
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    def test_equal_single_steps(self, tiny: MakeTiny, threads: int) -> None:
+        made = tiny("gqa5-bias", "bf16")
+        with made.open() as model:
+            want = self.one_by_one(model, 20)
+        with made.open(num_threads=threads) as model:
+            got = model.decode(self.decodes(self.begin(model), 0), 20)
+        assert len(got) == 20
+        for a, b in zip(got, want, strict=True):
+            for name in ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs"):
+                assert getattr(a, name).tobytes() == getattr(b, name).tobytes(), name
+
+    def test_a_stop_token_ends_the_call(self, tiny: MakeTiny) -> None:
+        made = tiny("gqa5-bias", "bf16")
+        with made.open() as model:
+            want = [result.tokens.tolist() for result in self.one_by_one(model, 20)]
+            stop = want[6][1]
+            first = next(i for i, tokens in enumerate(want) if stop in tokens)
+            batch = self.decodes(self.begin(model), 0, stops=(stop,))
+            got = model.decode(batch, 20)
+            assert [result.tokens.tolist() for result in got] == want[: first + 1]
+            # What was cached and drawn goes on as if it had been step by step.
+            more = model.decode(self.decodes(want[first], first + 1), 19 - first)
+        assert [result.tokens.tolist() for result in more] == want[first + 1 :]
+
+    def test_slots_hold_the_last_step(self, tiny: MakeTiny) -> None:
+        made = tiny("gqa5-bias", "bf16")
+        with made.open(num_slots=2) as model:
+            batch = replace(self.decodes(self.begin(model), 0), slots=np.array([1, 0], np.int32))
+            last = model.decode(batch, 5)[-1].tokens
+            runs = [(pages, len(ids) + 5, [-1]) for pages, ids in self.STARTS]
+            blind = model.step(step_batch(*runs, slots=[1, 0])).logits
+            runs = [(p, len(i) + 5, [int(t)]) for (p, i), t in zip(self.STARTS, last, strict=True)]
+            seen = model.step(step_batch(*runs)).logits
+        assert blind is not None and seen is not None and blind.tobytes() == seen.tobytes()
+
+    @pytest.mark.parametrize(
+        "change,steps,message",
+        [
+            ({"want_logits": True}, 2, "flags 3"),
+            ({"sample_rows": np.array([0], np.int32), "sampling": ROWS[:1]}, 2, "1 sample rows"),
+            ({"sampling": (RowSampling(presence_penalty=0.5),) * 2}, 3, "has penalties"),
+            ({}, MAX_LEN, "beyond max_model_len"),
+            ({}, 100, "page_table_stride"),
+            ({}, 0, "num_steps is 0"),
+        ],
+    )
+    def test_refused(
+        self, tiny: MakeTiny, change: dict[str, Any], steps: int, message: str
+    ) -> None:
+        with tiny("gqa5-bias", "bf16").open() as model:
+            batch = replace(self.decodes(self.begin(model), 0), **change)
+            with pytest.raises(RuntimeFault, match=message):
+                model.decode(batch, steps)
 
 
 class TestFacts:

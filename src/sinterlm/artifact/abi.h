@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define SL_ABI_VERSION 1u
+#define SL_ABI_VERSION 2u
 #define SL_API __attribute__((visibility("default")))
 
 typedef enum sl_status {
@@ -96,7 +96,9 @@ typedef struct sl_sampling {
   const int32_t* bias_ids; /* a token id may appear once; bias may be -inf */
   const float* bias;
   int32_t num_bias;
-  const uint32_t* allowed; /* bit mask over the vocabulary, ceil(V / 32) words; NULL = all */
+  const uint32_t* allowed;    /* bit mask over the vocabulary, ceil(V / 32) words; NULL = all */
+  const int32_t* stop_tokens; /* drawing one of these ends a call of several steps */
+  int32_t num_stop_tokens;
 } sl_sampling;
 
 #define SL_STEP_SAMPLE 1u /* draw a token for every sample row */
@@ -131,6 +133,12 @@ typedef struct sl_step_args {
   float* out_top_logprobs; /* [num_sample_rows][max_logprobs], NaN beyond */
   float* out_logits;       /* [num_sample_rows][V] with SL_STEP_LOGITS */
   float* out_hidden;       /* [num_tokens][H] with SL_STEP_HIDDEN */
+  /* Several decode steps in one call, for flags = SL_STEP_SAMPLE and sequences of one token each,
+   * all sampled, without penalties: each step feeds every sequence the token it drew, one position
+   * further. Page tables must reach to the last step's context. The call ends early after a step
+   * in which a row drew one of its stop_tokens. Outputs of step i follow those of step i - 1. */
+  int32_t num_steps;      /* most steps; 1 = an ordinary step */
+  int32_t* out_num_steps; /* how many were run; may be NULL when num_steps is 1 */
 } sl_step_args;
 
 typedef struct sl_head_args {

@@ -15,7 +15,7 @@ from sinterlm.artifact import strict
 from sinterlm.errors import BundleError
 
 FORMAT_VERSION = 2
-ABI_VERSION = 1  #: must equal SL_ABI_VERSION of abi.h (a test compares them)
+ABI_VERSION = 2  #: must equal SL_ABI_VERSION of abi.h (a test compares them)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class RowSampling:
     bias_ids: Int32 = field(default_factory=_no_tokens)  #: [b] unique token ids
     bias: Float32 = field(default_factory=_no_bias)  #: [b] added to raw logits; may be -inf
     allowed: UInt32 | None = None  #: [ceil(V / 32)] bit mask over the vocabulary; None = all
+    stop_tokens: Int32 = field(default_factory=_no_tokens)  #: [s] end a call of several steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)

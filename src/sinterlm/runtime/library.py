@@ -92,6 +92,8 @@ class Sampling(ctypes.Structure):
         ("bias", pointer),
         ("num_bias", c_int32),
         ("allowed", pointer),
+        ("stop_tokens", pointer),
+        ("num_stop_tokens", c_int32),
     )
 
 
@@ -122,6 +124,8 @@ class StepArgs(ctypes.Structure):
         ("out_top_logprobs", pointer),
         ("out_logits", pointer),
         ("out_hidden", pointer),
+        ("num_steps", c_int32),
+        ("out_num_steps", POINTER(c_int32)),
     )
 
 

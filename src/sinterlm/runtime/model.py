@@ -147,6 +147,15 @@ class Model:
 
         Raises RuntimeFault naming the argument that is out of range, UsageError after ``close``.
         """
+        return self.decode(batch, 1)[0]
+
+    def decode(self, batch: StepBatch, num_steps: int) -> list[StepResult]:
+        """Run up to ``num_steps`` steps in one call, each feeding every sequence what it drew in
+        the one before; fewer if a row draws one of its ``stop_tokens``. One result per step.
+
+        More than one step needs sequences of one token each, all of them sampled, without
+        penalties and logits, and page tables that reach to the last step. Raises as ``step``.
+        """
         handle, kv = self._open_handle(), self._kv
         if kv is None:
             raise UsageError("alloc_kv() comes before step()")
@@ -154,17 +163,16 @@ class Model:
         sampled = bool(batch.sampling)
         _check_shapes(batch, self._max_rows, self.manifest.shape.vocab_size)
         drawn = rows if sampled else 0
-        result = StepResult(
-            tokens=np.empty(drawn, np.int32),
-            logprobs=np.empty(drawn, np.float32),
-            ranks=np.empty(drawn, np.int32),
-            top_ids=np.empty((drawn, width), np.int32),
-            top_logprobs=np.empty((drawn, width), np.float32),
-            logits=self._logits(rows) if batch.want_logits else None,
-        )
+        tokens = np.empty((num_steps, drawn), np.int32)
+        logprobs = np.empty((num_steps, drawn), np.float32)
+        ranks = np.empty((num_steps, drawn), np.int32)
+        top_ids = np.empty((num_steps, drawn, width), np.int32)
+        top_logprobs = np.empty((num_steps, drawn, width), np.float32)
+        logits = self._logits(rows) if batch.want_logits else None
         for row, params in zip(self._rows, batch.sampling, strict=False):
             fill_row(row, params)
         flags = (abi.STEP_SAMPLE if sampled else 0) | (abi.STEP_LOGITS if batch.want_logits else 0)
+        steps_run = ctypes.c_int32()
         args = abi.StepArgs(
             size=ctypes.sizeof(abi.StepArgs),
             # A step that draws nothing still fills the cache; asking for the logits of its zero
@@ -184,15 +192,20 @@ class Model:
             sample_rows=_pointer(batch.sample_rows, np.int32),
             sampling=self._rows,
             max_logprobs=width,
-            out_tokens=_pointer(result.tokens, np.int32),
-            out_logprobs=_pointer(result.logprobs, np.float32),
-            out_ranks=_pointer(result.ranks, np.int32),
-            out_top_ids=_pointer(result.top_ids, np.int32),
-            out_top_logprobs=_pointer(result.top_logprobs, np.float32),
-            out_logits=None if result.logits is None else _pointer(result.logits, np.float32),
+            out_tokens=_pointer(tokens, np.int32),
+            out_logprobs=_pointer(logprobs, np.float32),
+            out_ranks=_pointer(ranks, np.int32),
+            out_top_ids=_pointer(top_ids, np.int32),
+            out_top_logprobs=_pointer(top_logprobs, np.float32),
+            out_logits=None if logits is None else _pointer(logits, np.float32),
+            num_steps=num_steps,
+            out_num_steps=ctypes.pointer(steps_run),
         )
         self._library.call("sl_step", handle, ctypes.byref(args))
-        return result
+        return [
+            StepResult(tokens[i], logprobs[i], ranks[i], top_ids[i], top_logprobs[i], logits)
+            for i in range(steps_run.value)
+        ]
 
     def head(self, hidden: Float32) -> Float32:
         """Logits [R, V] of final-normed hidden states [R, H] float32."""
@@ -281,6 +294,8 @@ def fill_row(row: abi.Sampling, params: RowSampling) -> None:
     row.bias_ids = _optional(params.bias_ids, np.int32)
     row.bias = _optional(params.bias, np.float32)
     row.allowed = None if params.allowed is None else _pointer(params.allowed, np.uint32)
+    row.num_stop_tokens = len(params.stop_tokens)
+    row.stop_tokens = _optional(params.stop_tokens, np.int32)
 
 
 def _check_shapes(batch: StepBatch, max_rows: int, vocab_size: int) -> None:

@@ -37,6 +37,8 @@ struct Model {
 
   // The step's arrays, sized by max_*: a step allocates nothing.
   std::vector<int32_t> token_ids;     // [max_tokens] resolved
+  std::vector<int32_t> positions;     // [max_tokens]
+  std::vector<int32_t> context_lens;  // [max_seqs]
   std::vector<int32_t> token_seq;     // [max_tokens]
   std::vector<int32_t> identity;      // [max_sample_rows] 0, 1, 2, ...
   std::vector<sl_sampling> sampling;  // [max_sample_rows]
@@ -215,6 +217,8 @@ inline sl_status make_buffers(Model& m, const sl_open_args& a) {
   m.windows.assign(a.windows, a.windows + a.num_windows);
   m.counters.resize(spec.num_ops);
   m.token_ids.resize(a.max_tokens);
+  m.positions.resize(a.max_tokens);
+  m.context_lens.resize(a.max_seqs);
   m.token_seq.resize(a.max_tokens);
   m.sampling.resize(a.max_sample_rows);
   m.identity.resize(a.max_sample_rows);

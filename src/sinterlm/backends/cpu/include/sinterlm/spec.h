@@ -66,12 +66,13 @@ struct Run {
     return {buffer<float>(x), buffer<E>(xw), buffer<float>(ssq)};
   }
 
-  // Ends op number `op`: everybody waits for everybody, and worker 0 books the time.
-  void done(Worker& w, int op) const {
+  // Ends op number `op`: everybody waits for everybody, and worker 0 books the time. `calls` is 0
+  // for the rest of an op that was booked already.
+  void done(Worker& w, int op, int calls = 1) const {
     w.barrier();
     if (w.id != 0) return;
     const int64_t now = now_ns();
-    counters[op].calls += 1;
+    counters[op].calls += calls;
     counters[op].ns += now - *clock;
     *clock = now;
   }

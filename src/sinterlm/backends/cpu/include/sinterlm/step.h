@@ -1,12 +1,15 @@
-// sl_step and sl_head: one parallel region from token ids to tokens.
+// sl_step and sl_head: one parallel region from token ids to tokens, or to those of several steps.
 #pragma once
 #include "sinterlm/matmul.h"
 #include "sinterlm/step_check.h"
 
 namespace sl {
 
-// The last tokens that slots stand for, and the sequence of each token.
-inline void resolve_tokens(Model& m, const sl_step_args& a) {
+// The last tokens that slots stand for, the sequence of each token, and copies of what moves from
+// one step to the next.
+inline void take_tokens(Model& m, const sl_step_args& a) {
+  std::copy_n(a.positions, a.num_tokens, m.positions.begin());
+  std::copy_n(a.context_lens, a.num_seqs, m.context_lens.begin());
   for (int s = 0; s < a.num_seqs; ++s) {
     for (int t = a.query_start[s]; t < a.query_start[s + 1]; ++t) {
       m.token_ids[t] = a.token_ids[t] == -1 ? m.slots[a.slots[s]] : a.token_ids[t];
@@ -65,24 +68,49 @@ void copy_logits(Worker& w, const ModelSpec& spec, const Run<E>& run, float* out
   });
 }
 
-inline SampleJob sample_job(Model& m, const sl_step_args& a) {
+// What step number `step` of the call draws, and where to.
+inline SampleJob sample_job(Model& m, const sl_step_args& a, int step) {
   const ModelSpec& spec = *m.spec;
   const char* rows = static_cast<const char*>(m.row_arena.data());
+  const int64_t at = int64_t(step) * a.num_sample_rows;
+  const auto from = [](auto* out, int64_t offset) { return out ? out + offset : out; };
   return {m.sampling.data(),
           a.num_sample_rows,
           reinterpret_cast<const float*>(rows + spec.logits * m.args.max_sample_rows),
           spec.Vp,
           spec.V,
           a.max_logprobs,
-          a.out_tokens,
-          a.out_logprobs,
-          a.out_ranks,
-          a.out_top_ids,
-          a.out_top_logprobs};
+          a.out_tokens + at,
+          from(a.out_logprobs, at),
+          from(a.out_ranks, at),
+          from(a.out_top_ids, at * a.max_logprobs),
+          from(a.out_top_logprobs, at * a.max_logprobs)};
+}
+
+inline bool is_stop(const sl_sampling& s, int32_t token) {
+  return std::find(s.stop_tokens, s.stop_tokens + s.num_stop_tokens, token) !=
+         s.stop_tokens + s.num_stop_tokens;
+}
+
+// Between two steps of a call, by one worker: whether there is another, and if so, every sequence
+// moved on to the token it drew in step number `step`. Row s is sequence s (check_repeat).
+inline bool advance(Model& m, const sl_step_args& a, int step) {
+  if (m.sampler.first_not_finite() >= 0 || m.sampler.first_without_token() >= 0) return false;
+  const int32_t* drawn = a.out_tokens + int64_t(step) * a.num_sample_rows;
+  for (int r = 0; r < a.num_sample_rows; ++r)
+    if (is_stop(m.sampling[r], drawn[r])) return false;
+  for (int s = 0; s < a.num_seqs; ++s) {
+    m.token_ids[s] = drawn[s];
+    m.positions[s] += 1;
+    m.context_lens[s] += 1;
+    m.sampling[s].position += 1;
+  }
+  m.sampler.begin(sample_job(m, a, step + 1));
+  return true;
 }
 
 // After the workers: rows that have no token, or the slots of those that have.
-inline sl_status finish_sampling(Model& m, const sl_step_args& a) {
+inline sl_status finish_sampling(Model& m, const sl_step_args& a, int steps) {
   if (const int r = m.sampler.first_not_finite(); r >= 0)
     return fail(
         SL_INTERNAL,
@@ -94,7 +122,7 @@ inline sl_status finish_sampling(Model& m, const sl_step_args& a) {
   if (!a.slots) return SL_OK;
   for (int r = 0; r < a.num_sample_rows; ++r)
     if (const int slot = a.slots[m.token_seq[a.sample_rows[r]]]; slot >= 0)
-      m.slots[slot] = a.out_tokens[r];
+      m.slots[slot] = a.out_tokens[int64_t(steps - 1) * a.num_sample_rows + r];
   return SL_OK;
 }
 
@@ -107,10 +135,10 @@ template <class Net>
 sl_status step(Model& m, const sl_step_args& a) {
   using E = typename Net::Element;
   SL_TRY(check_step(m, a));
-  resolve_tokens(m, a);
+  take_tokens(m, a);
   const ModelSpec& spec = *m.spec;
   const Batch batch{a.num_tokens,       a.num_seqs,    m.token_ids.data(),
-                    a.positions,        a.query_start, a.context_lens,
+                    m.positions.data(), a.query_start, m.context_lens.data(),
                     m.token_seq.data(), a.page_table,  a.page_table_stride};
   int64_t clock = now_ns();
   Run<E> run = make_run<E>(m, &batch, a.kv, &clock);
@@ -118,21 +146,31 @@ sl_status step(Model& m, const sl_step_args& a) {
   const bool logits = a.num_sample_rows > 0 && a.flags & SL_STEP_LOGITS;
   run.rows = a.sample_rows;
   run.num_rows = sample || logits ? a.num_sample_rows : 0;
-  if (sample) m.sampler.begin(sample_job(m, a));
+  if (sample) m.sampler.begin(sample_job(m, a, 0));
+  int steps = 1;      // begun; written by worker 0 between barriers, as is `more`
+  bool more = false;  // whether another step follows
   const bool ran = m.pool->run([&](Worker& w) {
-    Net::forward(w, run);
-    if (a.flags & SL_STEP_HIDDEN) copy_hidden(w, spec, run, a.out_hidden);
-    if (run.num_rows > 0) Net::head(w, run);
-    if (logits) copy_logits(w, spec, run, a.out_logits);
-    if (sample) {
-      m.sampler.scan(w);
+    for (int left = a.num_steps;;) {
+      Net::forward(w, run);
+      if (a.flags & SL_STEP_HIDDEN) copy_hidden(w, spec, run, a.out_hidden);
+      if (run.num_rows > 0) Net::head(w, run);
+      if (logits) copy_logits(w, spec, run, a.out_logits);
+      if (sample) {
+        m.sampler.scan(w);
+        w.barrier();
+        m.sampler.draw(w);
+      }
+      if (--left == 0) return;
+      run.done(w, spec.num_ops - 1, 0);
+      if (w.id == 0 && (more = advance(m, a, steps - 1))) ++steps;
       w.barrier();
-      m.sampler.draw(w);
+      if (!more) return;
     }
   });
   if (!ran) return forked();
   m.counters[spec.num_ops - 1].ns += now_ns() - clock;  // copies and sampling end the last op
-  return sample ? finish_sampling(m, a) : SL_OK;
+  if (a.out_num_steps) *a.out_num_steps = steps;
+  return sample ? finish_sampling(m, a, steps) : SL_OK;
 }
 
 template <class Net>

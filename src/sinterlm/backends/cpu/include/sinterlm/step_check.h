@@ -40,6 +40,22 @@ inline sl_status check_kv(const Model& m, const sl_kv* kv) {
   return SL_OK;
 }
 
+// Several steps in one call need rows that nobody looks at in between.
+inline sl_status check_repeat(const Model& m, const sl_step_args& a) {
+  SL_TRY(check_range("num_steps", a.num_steps, 1, m.args.max_model_len));
+  if (a.num_steps == 1) return SL_OK;
+  SL_TRY(check_not_null(a.out_num_steps, "out_num_steps"));
+  if (a.flags != SL_STEP_SAMPLE)
+    return fail(SL_INVALID, "num_steps is %d and flags %u: only SL_STEP_SAMPLE can be repeated",
+                a.num_steps, a.flags);
+  if (a.num_tokens != a.num_seqs || a.num_sample_rows != a.num_seqs)
+    return fail(SL_INVALID,
+                "num_steps is %d with %d tokens and %d sample rows of %d sequences: each must "
+                "have one token, sampled",
+                a.num_steps, a.num_tokens, a.num_sample_rows, a.num_seqs);
+  return SL_OK;
+}
+
 // One sequence: its place in the batch, positions, pages, and the tokens themselves.
 inline sl_status check_sequence(const Model& m, const sl_step_args& a, int s) {
   const int first = a.query_start[s], last = a.query_start[s + 1];
@@ -62,7 +78,11 @@ inline sl_status check_sequence(const Model& m, const sl_step_args& a, int s) {
     }
     SL_TRY(check_at("token_ids", t, a.token_ids[t], 0, m.spec->V - 1));
   }
-  const int pages = (context + a.kv->page_tokens - 1) / a.kv->page_tokens;
+  const int end = context + a.num_steps - 1;
+  if (end > m.args.max_model_len)
+    return fail(SL_INVALID, "context_lens[%d] is %d and num_steps %d: beyond max_model_len %d", s,
+                context, a.num_steps, m.args.max_model_len);
+  const int pages = (end + a.kv->page_tokens - 1) / a.kv->page_tokens;
   if (pages > a.page_table_stride)
     return fail(SL_INVALID, "context_lens[%d] is %d: %d pages, and page_table_stride is %d", s,
                 context, pages, a.page_table_stride);
@@ -109,6 +129,7 @@ inline sl_status check_sampling(const sl_sampling& s, int row, int V, int max_lo
     SL_TRY(check_ids("output_tokens", row, s.output_tokens, s.num_output_tokens, V));
   }
   SL_TRY(check_ids("bias_ids", row, s.bias_ids, s.num_bias, V));
+  SL_TRY(check_ids("stop_tokens", row, s.stop_tokens, s.num_stop_tokens, V));
   if (s.num_bias > 0 && !s.bias) return fail(SL_INVALID, "sampling[%d].bias is null", row);
   for (int i = 0; i < s.num_bias; ++i)
     if (!(s.bias[i] < INFINITY))
@@ -131,6 +152,9 @@ inline sl_status take_sampling(Model& m, const sl_step_args& a) {
     from += size;
     sl_sampling& s = m.sampling[r];
     SL_TRY(check_sampling(s, r, m.spec->V, a.max_logprobs));
+    if (a.num_steps > 1 && has_penalty(s))
+      return fail(SL_INVALID, "sampling[%d] has penalties, whose history %d steps would outrun", r,
+                  a.num_steps);
     if (s.temperature < kGreedyBelow) s.temperature = 0;
     logprobs |= s.num_logprobs >= 0;
   }
@@ -160,6 +184,7 @@ inline sl_status check_step(Model& m, const sl_step_args& a) {
   SL_TRY(check_not_null(a.page_table, "page_table"));
   SL_TRY(check_kv(m, a.kv));
   SL_TRY(check_at("query_start", 0, a.query_start[0], 0, 0));
+  SL_TRY(check_repeat(m, a));
   for (int s = 0; s < a.num_seqs; ++s) SL_TRY(check_sequence(m, a, s));
   SL_TRY(
       check_at("query_start", a.num_seqs, a.query_start[a.num_seqs], a.num_tokens, a.num_tokens));
