@@ -81,7 +81,7 @@ class ServeOptions:
     #: A request needs one of these as bearer token or basic-auth password; () = anyone may ask.
     api_key: tuple[str, ...] = ()
     allow_unauthenticated_metrics: bool = False  #: /metrics needs no key
-    allow_unauthenticated_page: bool = False  #: / and /ui/… need no key
+    allow_unauthenticated_page: bool = False  #: the page's files need no key; its figures do
     allowed_origins: tuple[str, ...] = ()  #: browser origins that may call; ("*",) = all
     ssl_certfile: Path | None = None  #: PEM, with its chain; given = HTTPS
     ssl_keyfile: Path | None = None  #: PEM; None = the key is in ssl_certfile

@@ -19,18 +19,20 @@ from sinterlm.commands.flags import (
 )
 from sinterlm.commands.session import SAMPLING_FLAGS
 from sinterlm.engine.sampling import SamplingParams
-from sinterlm.options import CompileOptions, EngineOptions
+from sinterlm.options import CompileOptions, EngineOptions, ServeOptions
+
+ALL = (CompileOptions, EngineOptions, ServeOptions)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
     made.add_argument("model")
-    add_option_flags(made, CompileOptions, EngineOptions)
+    add_option_flags(made, *ALL)
     return made
 
 
 def test_every_field_has_help_and_every_help_a_field() -> None:
-    names = {f.name for cls in (CompileOptions, EngineOptions) for f in fields(cls)} - {"model"}
+    names = {f.name for cls in ALL for f in fields(cls)} - {"model"}
     assert set(HELP) == names
 
 
@@ -38,6 +40,7 @@ def test_nothing_given_is_every_default() -> None:
     args = parser().parse_args(["m"])
     assert options_from(args, CompileOptions) == CompileOptions("m")
     assert options_from(args, EngineOptions) == EngineOptions()
+    assert options_from(args, ServeOptions) == ServeOptions()
 
 
 def test_every_flag_reaches_its_field() -> None:
@@ -49,18 +52,36 @@ def test_every_flag_reaches_its_field() -> None:
         "dump_dir": ("d", Path("d")), "bundle_sha256": ("ab", "ab"), "code_only": (None, True),
         "max_num_seqs": ("3", 3), "max_num_batched_tokens": ("4", 4),
         "kv_cache_memory_bytes": ("2K", 2048), "block_size": ("32", 32), "num_threads": ("2", 2),
-        "cpu_ids": ("0-2,5", (0, 1, 2, 5)),
+        "cpu_ids": ("0-2,5", (0, 1, 2, 5)), "host": ("::", "::"), "port": ("0", 0),
+        "root_path": ("/x", "/x"), "served_model_name": ("m", ("m",)), "api_key": ("k", ("k",)),
+        "allow_unauthenticated_metrics": (None, True), "allow_unauthenticated_page": (None, True),
+        "allowed_origins": ("*", ("*",)), "ssl_certfile": ("c", Path("c")),
+        "ssl_keyfile": ("k", Path("k")), "ssl_ca_certs": ("a", Path("a")),
+        "ssl_cert_reqs": ("2", 2), "max_waiting": ("5", 5), "max_body_bytes": ("1M", 1 << 20),
+        "request_timeout": ("1.5", 1.5), "read_timeout": ("2", 2.0), "send_timeout": ("3", 3.0),
+        "keep_alive_timeout": ("4", 4.0), "shutdown_timeout": ("5", 5.0),
+        "unknown_fields": ("warn", "warn"), "chat_template": ("t", Path("t")),
+        "trust_request_chat_template": (None, True),
+        "tool_call_parser": ("hermes", "hermes"), "reasoning_parser": ("qwq", "qwq"),
+        "enable_auto_tool_choice": (None, True), "dev_mode": (None, True),
+        "log_format": ("json", "json"), "log_file": ("l", Path("l")),
+        "log_level": ("debug", "debug"), "log_prompts": (None, True), "access_log": (None, True),
     }  # fmt: skip
     assert set(words) == set(HELP)
     line = ["m"]
     for name, (text, _) in words.items():
         line += [flag_of(name)] if text is None else [flag_of(name), text]
     args = parser().parse_args(line)
-    for cls in (CompileOptions, EngineOptions):
+    for cls in ALL:
         made = options_from(args, cls)
         for field in fields(cls):
             if field.name != "model":
                 assert getattr(made, field.name) == words[field.name][1], field.name
+
+
+def test_a_flag_of_several_texts_may_come_again() -> None:
+    args = parser().parse_args(["m", "--api-key", "a", "--api-key", "b"])
+    assert options_from(args, ServeOptions).api_key == ("a", "b")
 
 
 @pytest.mark.parametrize(

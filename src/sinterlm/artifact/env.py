@@ -17,6 +17,7 @@ PREFIX = "SINTERLM_"
 
 #: Every variable there is, and what it does.
 VARIABLES: dict[str, str] = {
+    "SINTERLM_API_KEY": "one more key that clients of `sinterlm serve` may send",
     "SINTERLM_CACHE_DIR": "folder of compiled code and packed weights (default ~/.cache/sinterlm)",
     "SINTERLM_CXX": "C++ compiler to use, with arguments if any (default: the first one found)",
     "SINTERLM_DEBUG": "1 = the command line shows the traceback of an error",

@@ -13,9 +13,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions
+from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, ServeOptions
 
-Options = TypeVar("Options", CompileOptions, EngineOptions)
+Options = TypeVar("Options", CompileOptions, EngineOptions, ServeOptions)
+OptionsClass = type[CompileOptions] | type[EngineOptions] | type[ServeOptions]
 
 #: Field name -> help. The unit is in the text; the default is appended.
 HELP: dict[str, str] = {
@@ -40,6 +41,38 @@ HELP: dict[str, str] = {
     "block_size": "tokens per KV page, a multiple of 16",
     "num_threads": "worker threads (default: the CPUs this process may use)",
     "cpu_ids": "pin worker i to the i-th of these CPUs, e.g. 0-3,8",
+    "host": "address to listen on; 0.0.0.0 or :: = every interface",
+    "port": "port to listen on; 0 = a free one",
+    "root_path": "prefix that a reverse proxy strips, such as /llm",
+    "served_model_name": "name the model answers to, instead of MODEL; may be given several times",
+    "api_key": "key that clients must send; may be given several times (also: $SINTERLM_API_KEY)",
+    "allow_unauthenticated_metrics": "/metrics needs no key",
+    "allow_unauthenticated_page": "the files of the page need no key; its figures still do",
+    "allowed_origins": "web origin that may call from a browser, or *; may be given several times",
+    "ssl_certfile": "PEM certificate with its chain; serves HTTPS",
+    "ssl_keyfile": "PEM key of the certificate (default: it is in the same file)",
+    "ssl_ca_certs": "PEM certificates of authorities that clients' certificates must come from",
+    "ssl_cert_reqs": "client certificates: 0 not asked for, 1 optional, 2 required",
+    "max_waiting": "requests that may wait for the engine; one more gets a 429",
+    "max_body_bytes": "longest request body, bytes or 16M",
+    "request_timeout": "seconds until a request is ended (default: never)",
+    "read_timeout": "seconds a client may take to send its headers, and then its body",
+    "send_timeout": "seconds a client may leave its answer unread before it is dropped",
+    "keep_alive_timeout": "seconds an idle connection stays open",
+    "shutdown_timeout": "seconds that running requests get after SIGTERM or Ctrl-C",
+    "unknown_fields": "a field that the API does not know: refuse the request, or log it",
+    "chat_template": "jinja file to use instead of the model's own chat template",
+    "trust_request_chat_template": "a request may bring a chat template of its own",
+    "tool_call_parser": "hermes, llama3_json, none, or auto = by the chat template",
+    "reasoning_parser": "deepseek_r1, qwq, qwen3, none, or auto = by the chat template",
+    "enable_auto_tool_choice": "refuse to start without a tool parser; with one, tool_choice auto "
+    "always works",
+    "dev_mode": "also serve /reset_prefix_cache",
+    "log_format": "key=value pairs, or one JSON object per line",
+    "log_file": "append the log to this file (default: stderr)",
+    "log_level": "least important kind of line to log",
+    "log_prompts": "log the text of every prompt",
+    "access_log": "log every HTTP response, those of /health and /metrics too",
 }
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -62,6 +95,13 @@ def parse_folder(text: str) -> Path:
     """A folder; not the empty text, which would mean the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder must not be empty")
+    return Path(text)
+
+
+def parse_file(text: str) -> Path:
+    """A file; not the empty text."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file must not be empty")
     return Path(text)
 
 
@@ -95,19 +135,29 @@ _PARSERS: dict[str, Any] = {
     "cpu_ids": parse_cpu_ids,
     "cache_dir": parse_folder,
     "dump_dir": parse_folder,
+    "ssl_certfile": parse_file,
+    "ssl_keyfile": parse_file,
+    "ssl_ca_certs": parse_file,
+    "chat_template": parse_file,
+    "log_file": parse_file,
+    "max_body_bytes": parse_size,
 }
 _METAVARS: dict[str, str] = {
     "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
-    "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX",
+    "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX", "host": "ADDRESS",
+    "root_path": "PATH", "api_key": "KEY", "allowed_origins": "ORIGIN", "max_body_bytes": "BYTES",
 }  # fmt: skip
 
 
 def add_option_flags(
-    parser: argparse.ArgumentParser, *classes: type[CompileOptions] | type[EngineOptions]
+    parser: argparse.ArgumentParser, *classes: OptionsClass, title: str = "options"
 ) -> None:
-    """One flag per field of ``classes``, a name that two classes share once; not ``model``."""
-    group = parser.add_argument_group("options")
+    """One flag per field of ``classes``, a name that two classes share once; not ``model``.
+
+    The flag of a field that holds several texts may be given several times, one text each.
+    """
+    group = parser.add_argument_group(title)
     seen = {"model"}
     for cls in classes:
         hints = typing.get_type_hints(cls)
@@ -123,14 +173,16 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any) -> N
     if kind is bool:
         group.add_argument(flag_of(field.name), action="store_true", default=None, help=help_text)
         return
-    if field.default is not None and field.default is not MISSING:
+    if field.default not in (None, (), "", MISSING):
         help_text += f" (default: {field.default})"
     parse = _PARSERS.get(field.name)
+    metavar = {int: "N", float: "SECONDS", Path: "FILE"}.get(kind, "NAME")
     group.add_argument(
         flag_of(field.name),
-        type=parse or kind,
+        action="append" if kind is tuple else "store",
+        type=parse or (str if kind is tuple else kind),
         choices=None if parse else choices,
-        metavar=_METAVARS.get(field.name) or (None if choices else "N" if kind is int else "NAME"),
+        metavar=_METAVARS.get(field.name) or (None if choices else metavar),
         help=help_text.replace("%", "%%"),
     )
 
@@ -146,10 +198,14 @@ def _kind_of(hint: Any) -> tuple[type, tuple[str, ...] | None]:
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if get_origin(hint) is Literal:
         return str, tuple(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[0] is str:
+        return tuple, None
     return (hint if hint in (bool, int, float, str, Path) else str), None
 
 
 def options_from(args: argparse.Namespace, cls: type[Options]) -> Options:
     """``cls`` from the flags that were given; every other field keeps its default."""
     names = (field.name for field in fields(cls))
-    return cls(**{n: v for n in names if (v := getattr(args, n, None)) is not None})
+    given: dict[str, Any] = {n: v for n in names if (v := getattr(args, n, None)) is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return cls(**given)
