@@ -28,7 +28,8 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-_CODES = {"<u2": "BF16", "<f2": "F16", "<f4": "F32", "<i4": "I32"}
+_CODES = {"<u2": "BF16", "<f2": "F16", "<f4": "F32", "|i1": "I8", "<i4": "I32",
+          "<i8": "I64"}  # fmt: skip
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 

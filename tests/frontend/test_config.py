@@ -109,7 +109,7 @@ def test_other_architectures_are_refused(changes: dict[str, Any]) -> None:
     ("changes", "word"),
     [
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"num_local_experts": 8}, "num_local_experts"),

@@ -1,4 +1,4 @@
-"""GgufCheckpoint: a ``.gguf`` file under Hugging Face's tensor names, dequantised when read.
+"""GgufCheckpoint: a ``.gguf`` file under Hugging Face's tensor names, as floats or as codes.
 
 Blocks are decoded by the ``gguf`` package, after ``gguf_header`` has checked where they lie.
 """
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
 from sinterlm.frontend.checkpoint import Checkpoint
+from sinterlm.frontend.codes import is_kept
+from sinterlm.frontend.gguf_codes import FORMATS, read_blocks
 from sinterlm.frontend.gguf_config import architecture_of, read_gguf_config
 from sinterlm.frontend.gguf_header import BLOCK_TYPES, BlockType, GgufTensor, read_gguf_header
 from sinterlm.frontend.gguf_tokenizer import read_gguf_text
@@ -24,6 +26,7 @@ from sinterlm.frontend.hf_config import with_tensors
 from sinterlm.frontend.numeric import CHUNK, STORAGE, Array, ReadDType, convert, fp32_to_bf16
 from sinterlm.frontend.rope import divide_rope
 from sinterlm.frontend.weights import MappedFiles
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _GLOBAL = {
@@ -97,6 +100,33 @@ class GgufCheckpoint(Checkpoint):
         values = self._values(self._stored[name], dtype)
         heads = self._interleaved_heads(name)
         return _undo_interleave(values, heads) if heads else values
+
+    @property
+    def stored_formats(self) -> dict[str, GemmFormat]:
+        """See Checkpoint.stored_formats: every matrix of Q4_0, Q4_1 or Q8_0."""
+        return {
+            name: FORMATS[info.dtype]
+            for name, info in self.tensors.items()
+            if info.dtype in FORMATS and len(info.shape) == 2
+        }
+
+    def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
+        """See Checkpoint.read_coded."""
+        if not is_kept(self.stored_formats.get(name), form):
+            return None
+        assert self.path is not None
+        info = self._info(name)
+        raw = self._maps.bytes_at(self.path, self._stored[name].offset, info.nbytes)
+        found, heads = read_blocks(raw, info.dtype, info.shape), self._interleaved_heads(name)
+        if not heads:
+            return found
+        return CodedMatrix(
+            codes=_undo_interleave(found.codes, heads),
+            scales=_undo_interleave(found.scales, heads),
+            offsets=None if found.offsets is None else _undo_interleave(found.offsets, heads),
+            bits=found.bits,
+            group=found.group,
+        )
 
     def close(self) -> None:
         """Drop the file map."""

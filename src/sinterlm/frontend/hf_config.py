@@ -13,6 +13,7 @@ from typing import Any
 
 from sinterlm.errors import CheckpointError, UnsupportedModelError
 from sinterlm.frontend.fields import MAX_INT, Fields, show
+from sinterlm.frontend.quantization_config import read_quantization
 from sinterlm.frontend.rope import RopeLimits, read_rope
 from sinterlm.ir.graph import DecoderConfig
 
@@ -160,13 +161,7 @@ def _architecture(fields: Fields) -> str:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    if not fields.absent("quantization_config"):
-        quantization = fields.child("quantization_config")
-        method = quantization.data.get("quant_method") if quantization else None
-        raise UnsupportedModelError(
-            f"{fields.what}: quantization_config (quant_method {show(method)}) is not supported; "
-            "supported: unquantised bf16, fp16 and fp32 safetensors, or a GGUF file"
-        )
+    read_quantization(fields)
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(

@@ -11,13 +11,17 @@ from typing import Any
 from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
 from sinterlm.frontend.checkpoint import DIGEST_CHUNK, Checkpoint
+from sinterlm.frontend.coded_tensors import CodedTensor, fold_coded
+from sinterlm.frontend.codes import is_kept
 from sinterlm.frontend.decoder import EMBED, LM_HEAD
-from sinterlm.frontend.fields import read_json
+from sinterlm.frontend.fields import Fields, read_json
 from sinterlm.frontend.hf_config import read_config, with_tensors
 from sinterlm.frontend.hf_text import read_text_assets
-from sinterlm.frontend.numeric import STORAGE, Array, ReadDType, convert
-from sinterlm.frontend.weights import MappedFiles, StoredTensor, find_shards
+from sinterlm.frontend.numeric import INTEGERS, STORAGE, Array, ReadDType, convert
+from sinterlm.frontend.quantization_config import read_quantization
+from sinterlm.frontend.weights import MappedFiles, StoredTensor, check_floats, find_shards
 from sinterlm.ir.graph import DecoderConfig
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 
 def read_directory_config(
@@ -47,8 +51,13 @@ class SafetensorsCheckpoint(Checkpoint):
         self.name = name or directory.resolve().name
         config, self._config_json = read_directory_config(directory, max_model_len)
         self._stored, self.files = find_shards(directory)
+        self._coded: dict[str, CodedTensor] = {}
+        self._quantization = read_quantization(Fields(self._config_json, "config.json"))
+        if self._quantization is not None:
+            self._stored, self._coded = fold_coded(self._stored, self._quantization)
+        check_floats(self._stored)
         self._maps = MappedFiles()
-        self.tensors = {name: stored.info for name, stored in self._stored.items()}
+        self.tensors = {name: held.info for name, held in (self._stored | self._coded).items()}
         config = with_tensors(config, self.tensors)
         if config.tie_word_embeddings and not self._can_tie():
             config = replace(config, tie_word_embeddings=False)
@@ -65,11 +74,28 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._assets
 
     def read(self, name: str, dtype: ReadDType) -> Array:
-        """See Checkpoint.read; bf16 read as bf16 is a view of the file."""
+        """See Checkpoint.read; bf16 read as bf16 is a view of the file, codes become floats."""
         info = self._info(name)
-        raw = self._raw(self._stored[name])
-        stored = raw.view(STORAGE[info.dtype]).reshape(info.shape)
-        return convert(stored, info.dtype, dtype)
+        if name in self._coded:
+            floats = self._coded[name].read(name, self._elements).floats()
+            return convert(floats, "fp32", dtype)
+        return convert(self._elements(self._stored[name]), info.dtype, dtype)
+
+    @cached_property
+    def _formats(self) -> dict[str, GemmFormat]:
+        found = {name: coded.format(self._elements) for name, coded in self._coded.items()}
+        return {name: form for name, form in found.items() if form is not None}
+
+    @property
+    def stored_formats(self) -> dict[str, GemmFormat]:
+        """See Checkpoint.stored_formats."""
+        return dict(self._formats)
+
+    def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
+        """See Checkpoint.read_coded."""
+        if not is_kept(self._formats.get(name), form):
+            return None
+        return self._coded[name].read(name, self._elements).coded(form.group)
 
     def close(self) -> None:
         """Drop the file maps."""
@@ -78,12 +104,24 @@ class SafetensorsCheckpoint(Checkpoint):
     def _raw(self, stored: StoredTensor) -> Array:
         return self._maps.bytes_at(stored.file, stored.offset, stored.info.nbytes)
 
+    def _elements(self, stored: StoredTensor) -> Array:
+        """A tensor's elements in its shape, as stored."""
+        kind = (STORAGE | INTEGERS)[stored.info.dtype]
+        return self._raw(stored).view(kind).reshape(stored.info.shape)
+
     def _stored_bytes(self, name: str) -> Iterator[memoryview]:
-        stored = self._stored[name]
-        return self._maps.pieces(stored.file, stored.offset, stored.info.nbytes)
+        coded = self._coded.get(name)
+        for stored in coded.parts.values() if coded else (self._stored[name],):
+            yield from self._maps.pieces(stored.file, stored.offset, stored.info.nbytes)
+
+    def _digest_prefix(self) -> str:
+        """What codes mean is told by quantization_config."""
+        return f"tensors {self._quantization}" if self._coded else super()._digest_prefix()
 
     def _can_tie(self) -> bool:
         """Whether a head that is there as well equals the embedding, byte for byte."""
+        if EMBED in self._coded or LM_HEAD in self._coded:
+            return LM_HEAD not in self.tensors
         embed, head = self._stored.get(EMBED), self._stored.get(LM_HEAD)
         if embed is None or head is None:
             return True  # nothing to compare; a missing embedding is reported by check_tensors

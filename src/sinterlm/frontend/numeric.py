@@ -24,6 +24,13 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype("<f4"),
 }
 
+#: The same for what codes and their indices are stored in, which is never read as floats.
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "int8": np.dtype("<i1"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+
 
 def fp32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """bf16 bits of float32 values of any shape; values beyond the bf16 range become infinity."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ import numpy as np
 from sinterlm.errors import CheckpointError, UnsupportedModelError
 from sinterlm.frontend.checkpoint import DIGEST_CHUNK, TensorInfo
 from sinterlm.frontend.fields import Fields, parse_json, read_json, show
-from sinterlm.frontend.numeric import STORAGE, Array
+from sinterlm.frontend.numeric import INTEGERS, STORAGE, Array
 
 #: Limits of a header: bytes (the format's own), dimensions of a tensor, and one dimension.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
 MAX_DIM = 1 << 40
 
-_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+#: Floats are weights; integers are parts of a matrix in codes, which ``coded_tensors`` reads.
+_FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_DTYPES = _FLOATS | {"I8": "int8", "I32": "int32", "I64": "int64"}
+_SIZES = {name: kind.itemsize for name, kind in (STORAGE | INTEGERS).items()}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -90,14 +93,25 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int]:
     dtype = Fields(entry, where).text("dtype")
     if dtype not in _DTYPES:
         raise UnsupportedModelError(
-            f"{where}: dtype {show(dtype)} is not supported; supported: {', '.join(_DTYPES)}"
+            f"{where}: dtype {show(dtype)} is not supported; supported: {', '.join(_FLOATS)}"
         )
-    expected = math.prod(shape) * STORAGE[_DTYPES[dtype]].itemsize
+    expected = math.prod(shape) * _SIZES[_DTYPES[dtype]]
     if nbytes != expected:
         raise CheckpointError(
             f"{where}: {dtype} {list(shape)} takes {expected} bytes, data_offsets span {nbytes}"
         )
     return TensorInfo(shape, _DTYPES[dtype], nbytes), offsets[0]
+
+
+def check_floats(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises UnsupportedModelError for integers that are no part of a matrix in codes."""
+    for name, tensor in tensors.items():
+        if tensor.info.dtype in INTEGERS:
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {show(name)}: dtype {tensor.info.dtype} is not supported "
+                f"here; supported: {', '.join(_FLOATS)}, and codes that quantization_config in "
+                "config.json describes"
+            )
 
 
 def _ints(value: object, high: int) -> tuple[int, ...] | None:
