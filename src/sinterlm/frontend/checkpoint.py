@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -41,6 +41,7 @@ class Checkpoint(ABC):
     path: Path | None  #: directory or file; None for dummy weights
     config: DecoderConfig
     tensors: dict[str, TensorInfo]  #: by Hugging Face name
+    is_quantised = False  #: by a method whose floats no longer exist, not for a smaller file
     files: tuple[Path, ...]  #: all files the digest depends on (empty: it depends on none)
 
     @property
@@ -72,6 +73,13 @@ class Checkpoint(ABC):
         """Matrices that are stored in codes which a GEMM can read as they are, with their format;
         ``read_coded`` gives these."""
         return {}
+
+    def keeps(self, name: str, form: GemmFormat) -> bool:
+        """Whether a matrix is stored in the codes of ``form``, whatever stands beside them."""
+        stored = self.stored_formats.get(name)
+        return stored is not None and stored == replace(
+            form, act=stored.act, act_group=stored.act_group
+        )
 
     def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
         """The codes of a matrix in ``form``, or None where it has to be quantised from floats."""

@@ -6,13 +6,13 @@ checkpoint's own index says. How they are packed is known in ``code_packings``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sinterlm.ir.quant import CodedMatrix, GemmFormat
+from sinterlm.ir.quant import CodedMatrix
 
 Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -59,13 +59,6 @@ class GroupedCodes:
             bits=self.bits,
             group=group,
         )
-
-
-def is_kept(stored: GemmFormat | None, asked: GemmFormat) -> bool:
-    """Whether codes stored in one format are codes in the other: only activations may differ."""
-    return stored is not None and stored == replace(
-        asked, act=stored.act, act_group=stored.act_group
-    )
 
 
 def fields_of(words: NDArray[Any], bits: Literal[8, 4]) -> Bytes:

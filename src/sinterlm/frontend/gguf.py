@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
 from sinterlm.frontend.checkpoint import Checkpoint
-from sinterlm.frontend.codes import is_kept
 from sinterlm.frontend.gguf_codes import FORMATS, read_blocks
 from sinterlm.frontend.gguf_config import architecture_of, read_gguf_config
 from sinterlm.frontend.gguf_header import BLOCK_TYPES, BlockType, GgufTensor, read_gguf_header
@@ -112,7 +111,7 @@ class GgufCheckpoint(Checkpoint):
 
     def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
         """See Checkpoint.read_coded."""
-        if not is_kept(self.stored_formats.get(name), form):
+        if not self.keeps(name, form):
             return None
         assert self.path is not None
         info = self._info(name)

@@ -12,7 +12,6 @@ from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
 from sinterlm.frontend.checkpoint import DIGEST_CHUNK, Checkpoint
 from sinterlm.frontend.coded_tensors import CodedTensor, fold_coded
-from sinterlm.frontend.codes import is_kept
 from sinterlm.frontend.decoder import EMBED, LM_HEAD
 from sinterlm.frontend.fields import Fields, read_json
 from sinterlm.frontend.hf_config import read_config, with_tensors
@@ -56,6 +55,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if self._quantization is not None:
             self._stored, self._coded = fold_coded(self._stored, self._quantization)
         check_floats(self._stored)
+        self.is_quantised = bool(self._coded)
         self._maps = MappedFiles()
         self.tensors = {name: held.info for name, held in (self._stored | self._coded).items()}
         config = with_tensors(config, self.tensors)
@@ -93,7 +93,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
         """See Checkpoint.read_coded."""
-        if not is_kept(self._formats.get(name), form):
+        if not self.keeps(name, form):
             return None
         return self._coded[name].read(name, self._elements).coded(form.group)
 

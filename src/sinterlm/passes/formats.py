@@ -1,7 +1,7 @@
 """Which GEMM weights are stored in codes, and in which: the one place that decides it.
 
-A scheme is what the user asked for; a checkpoint's own codes (``stored``) come first, since they
-are kept as they are. Norm weights and biases stay fp32.
+A scheme is what the user asked for. Codes that a checkpoint brings (``stored``) are kept as they
+are, unless other ones were asked for. Norm weights and biases stay fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
-from sinterlm.errors import CheckpointError, UsageError
+from sinterlm.errors import UsageError
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import ActDType, GemmFormat
@@ -24,24 +24,42 @@ ACT_GROUP = 64
 
 @dataclass(frozen=True)
 class Scheme:
-    """What ``--quantization``, ``--quant-group`` and ``--act-dtype`` ask for."""
+    """What ``--quantization``, ``--quant-group`` and ``--act-dtype`` ask for; None = nothing."""
 
-    bits: Literal[8, 4]
-    group: int  #: weights along k that share a scale; 0 = all of an output channel
-    act: ActDType
+    bits: Literal[8, 4] | None = None
+    group: int | None = None  #: weights along k that share a scale; 0 = all of an output channel
+    act: ActDType | None = None
 
-    def format(self) -> GemmFormat:
-        """The format of a matrix that nothing speaks against."""
-        return GemmFormat(self.bits, self.group, symmetric=True, act=self.act, act_group=ACT_GROUP)
+    def format(self, op: ops.Op) -> GemmFormat | None:
+        """The format of a matrix that comes as floats; None = it stays wide.
 
-    def head_format(self) -> GemmFormat:
-        """lm_head and the embedding table: 8 bits per channel, since every logit passes here and
-        a table's rows are read one at a time."""
-        return GemmFormat(8, 0, symmetric=True, act=self.act, act_group=ACT_GROUP)
+        lm_head and the embedding table take 8 bits per channel, since every logit passes there and
+        a table's rows are read one at a time.
+        """
+        if self.bits is None:
+            return None
+        bits, group = self.bits, 0 if self.bits == 8 else 32
+        if _is_end(op):
+            bits, group = 8, 0
+        elif self.group is not None:
+            group = self.group
+        return GemmFormat(bits, group, True, act=self.act or "int8", act_group=ACT_GROUP)
+
+    def keep(self, op: ops.Op, stored: GemmFormat) -> GemmFormat | None:
+        """The format of a matrix whose codes the checkpoint has, with activations as asked for;
+        None where other codes were asked for."""
+        asked = self.format(op)
+        if asked is not None:
+            other_group = self.group not in (None, stored.group) and not _is_end(op)
+            if asked.bits != stored.bits or other_group:
+                return None
+        if self.act is None:
+            return stored
+        return replace(stored, act=self.act, act_group=ACT_GROUP)
 
 
-def scheme_of(options: CompileOptions) -> Scheme | None:
-    """What the options ask for; None where they ask for no codes. Raises UsageError."""
+def scheme_of(options: CompileOptions) -> Scheme:
+    """What the options ask for. Raises UsageError."""
     bits, group, act = options.quantization, options.quant_group, options.act_dtype
     if bits not in (None, "int8", "int4"):
         raise UsageError(f"--quantization {bits!r} is not supported; supported: int8, int4")
@@ -54,34 +72,32 @@ def scheme_of(options: CompileOptions) -> Scheme | None:
         raise UsageError(f"--act-dtype {act!r} is not supported; choose int8 or bf16")
     if act == "bf16" and options.dtype == "fp32":
         raise UsageError("--act-dtype bf16 asks for bf16 operands, and --dtype fp32 for fp32 ones")
-    if bits is None:
-        for flag, value in (("--quant-group", group), ("--act-dtype", act)):
-            if value is not None:
-                raise UsageError(f"{flag} says how to quantise; give --quantization int8 or int4")
-        return None
-    default = 0 if bits == "int8" else 32
+    if bits is None and group is not None:
+        raise UsageError("--quant-group says how to quantise; give --quantization int8 or int4")
     return Scheme(
-        bits=8 if bits == "int8" else 4,
-        group=default if group is None else group,
-        act="graph" if act == "bf16" else "int8",
+        bits=None if bits is None else 8 if bits == "int8" else 4,
+        group=group,
+        act=None if act is None else "graph" if act == "bf16" else "int8",
     )
 
 
 def choose_formats(
-    graph: Graph, scheme: Scheme | None, stored: Mapping[str, GemmFormat] | None = None
+    graph: Graph, scheme: Scheme | None = None, stored: Mapping[str, GemmFormat] | None = None
 ) -> Graph:
     """``graph``, fused, with a format for each matrix that is to be stored in codes.
 
-    ``stored`` are the formats of matrices whose codes the checkpoint brings. Raises
-    CheckpointError where weights that one GEMM reads together are stored in different ways.
+    ``stored`` are the formats of matrices whose codes the checkpoint brings. Weights that one GEMM
+    reads together take one format: where what is stored differs, they come as floats.
     """
+    scheme, stored = scheme or Scheme(), stored or {}
     formats: dict[str, GemmFormat] = {}
     for op in graph.ops:
-        for name in matrices(op):
-            form = (stored or {}).get(name) or _asked(op, scheme)
-            if form is not None:
-                formats[name] = _fit_heads(op, form, graph.config.head_dim)
-        _check_alike(op, formats)
+        kept = {scheme.keep(op, stored[n]) if n in stored else None for n in matrices(op)}
+        form = kept.pop() if len(kept) == 1 else None
+        form = form or scheme.format(op)
+        if form is not None:
+            form = _fit_heads(op, form, graph.config.head_dim)
+            formats |= dict.fromkeys(matrices(op), form)
     return replace(graph, formats=formats)
 
 
@@ -98,11 +114,8 @@ def matrices(op: ops.Op) -> tuple[str, ...]:
     return ()
 
 
-def _asked(op: ops.Op, scheme: Scheme | None) -> GemmFormat | None:
-    if scheme is None:
-        return None
-    is_end = isinstance(op, ops.EmbedNorm | ops.NormLmHeadSample)
-    return scheme.head_format() if is_end else scheme.format()
+def _is_end(op: ops.Op) -> bool:
+    return isinstance(op, ops.EmbedNorm | ops.NormLmHeadSample)
 
 
 def _fit_heads(op: ops.Op, form: GemmFormat, head_dim: int) -> GemmFormat:
@@ -112,19 +125,8 @@ def _fit_heads(op: ops.Op, form: GemmFormat, head_dim: int) -> GemmFormat:
     return replace(form, act_group=gcd(form.act_group, head_dim))
 
 
-def _check_alike(op: ops.Op, formats: Mapping[str, GemmFormat]) -> None:
-    names = matrices(op)
-    found = {formats.get(name) for name in names}
-    if len(found) > 1:
-        shown = ", ".join(f"{n}: {f.name if (f := formats.get(n)) else 'not'}" for n in names)
-        raise CheckpointError(
-            f"{op.kind} reads weights that are quantised in different ways ({shown}), and one "
-            "GEMM takes one format"
-        )
-
-
-def main_format(graph: Graph) -> str | None:
-    """The format of most of a graph's coded weights, ``int4 w4g32-a8g64``; None: all are wide."""
+def main_format(graph: Graph) -> tuple[str, GemmFormat] | None:
+    """The format of most of a graph's coded weights, with the name of one; None: all are wide."""
     sizes: Counter[GemmFormat] = Counter()
     for name, form in graph.formats.items():
         rows, depth = graph.weights[name].shape
@@ -132,4 +134,4 @@ def main_format(graph: Graph) -> str | None:
     if not sizes:
         return None
     form = sizes.most_common(1)[0][0]
-    return f"int{form.bits} {form.name}"
+    return next(name for name, found in graph.formats.items() if found == form), form

@@ -21,7 +21,7 @@ from sinterlm.passes.layout import PANEL
 from sinterlm.passes.packing_codes import PanelWriter, rows_of, unpack_codes
 from sinterlm.passes.quantise import quantise
 
-PACKER_VERSION = "2"  #: part of the key of packed weights: bump when packed bytes change
+PACKER_VERSION = "3"  #: part of the key of packed weights: bump when packed bytes change
 
 Read = Callable[[str, Literal["bf16", "fp32"]], NDArray[Any]]
 
