@@ -16,7 +16,6 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from sinterlm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from sinterlm.options import EngineOptions, ServeOptions
 from sinterlm.serve.journal import Journal, record_of
 from sinterlm.serve.server import Service, layered
@@ -26,15 +25,10 @@ KEYS = ("alpha", "beta")
 BASIC = base64.b64encode(b"me:alpha").decode()
 
 
-def finished() -> RequestOutput:
-    done = CompletionOutput(0, "Paris.", (5, 6, 7), None, None, "stop", None)
-    return RequestOutput("r", None, (1, 2), [done], RequestMetrics(10.0, 10.25, 11.0))
-
-
 async def generate(request: Request) -> Response:
-    record = record_of(request)
-    record.model = "m"
-    record.book(finished())
+    record = record_of(request, stream=False)
+    record.model, record.prompt_tokens, record.output_tokens = "m", 2, 3
+    record.ttft_s, record.finish_reasons = 0.25, ["stop"]
     return Response("ok")
 
 
@@ -71,6 +65,7 @@ def test_everything_else_does(path: str) -> None:
     answer = server.get(path)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert answer.headers["x-request-id"]
     is_file = path in ("/", "/ui/app.js")
     assert answer.headers["www-authenticate"].startswith("Basic" if is_file else "Bearer")
     for key in KEYS:
@@ -140,8 +135,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_a_generating_request_is_logged_without_its_text(lines: list[dict[str, Any]]) -> None:
-    client().post("/v1/completions", json={"prompt": "secret"})
+    headers = {"x-request-id": "mine"}
+    client().post("/v1/completions", json={"prompt": "secret"}, headers=headers)
     (line,) = lines
+    assert line["id"] == "mine"
     assert line["duration_s"] > 0
     assert {name: line[name] for name in line if name not in ("id", "duration_s")} == {
         "method": "POST", "route": "/v1/completions", "status": 200, "client_gone": False,

@@ -27,6 +27,7 @@ from sinterlm.serve.endpoint import (
 )
 from sinterlm.serve.errors import bad_request
 from sinterlm.serve.generation import Generation, Job
+from sinterlm.serve.journal import record_of
 from sinterlm.serve.logprobs import chat_logprobs, prompt_logprobs
 from sinterlm.serve.models import json_answer
 from sinterlm.serve.protocol.answers import CompletionTokensDetails
@@ -67,6 +68,7 @@ class ChatEndpoint:
                 priority=checked_priority(chat),
                 cache_salt=checked_salt(chat),
                 param="messages",
+                record=record_of(request, stream=chat.stream),
             ),
         )
         if chat.stream:

@@ -24,6 +24,7 @@ from sinterlm.serve.endpoint import (
 )
 from sinterlm.serve.errors import bad_request
 from sinterlm.serve.generation import Generation, Job
+from sinterlm.serve.journal import record_of
 from sinterlm.serve.logprobs import completion_logprobs, prompt_logprobs
 from sinterlm.serve.models import json_answer
 from sinterlm.serve.protocol.completion import (
@@ -67,6 +68,7 @@ class CompletionEndpoint:
                 priority=checked_priority(asked),
                 cache_salt=checked_salt(asked),
                 param="prompt",
+                record=record_of(request, stream=asked.stream),
             ),
         )
         if asked.stream:

@@ -19,6 +19,7 @@ from sinterlm.errors import SinterError
 from sinterlm.serve.bridge import Stream, Submission
 from sinterlm.serve.context import Context
 from sinterlm.serve.errors import ApiError, draining, from_exception, timed_out
+from sinterlm.serve.journal import RequestRecord
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     priority: int
     cache_salt: str | None
     param: str  #: the field of the request that the prompts came from
+    record: RequestRecord  #: told what becomes of it
 
 
 class Generation:
@@ -53,6 +55,11 @@ class Generation:
                 error = from_exception(exc, param=param)
                 context.metrics.rejected(error.status)
                 raise error from exc
+        self._record = job.record
+        self._record.model = context.served.name
+        self._record.prompt_tokens = sum(len(list(prompt.token_ids)) for prompt in job.prompts)
+        if context.options.log_prompts:
+            self._record.prompts = [prompt.text or str(prompt.token_ids) for prompt in job.prompts]
         for _ in job.prompts:
             context.metrics.request_started(
                 n=job.params.n, max_tokens=job.params.max_tokens or context.served.max_model_len
@@ -130,6 +137,9 @@ class Generation:
 
     def _book(self, prompt: int, delta: Delta) -> None:
         """Record latencies; raise for a sequence that was ended early."""
+        self._record.output_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._record.finish_reasons.append(delta.finish_reason)
         if delta.finish_reason == "abort":
             raise self._early_end(self._streams[prompt])
         metrics, now = self._context.metrics, time.perf_counter()
@@ -140,6 +150,7 @@ class Generation:
             metrics.token(now - last)
         elif delta.index == 0:
             metrics.first_token(now - self._arrival)
+            self._record.ttft_s = self._record.ttft_s or now - self._arrival
         if delta.output is not None:
             self._book_end(delta.output, now)
 

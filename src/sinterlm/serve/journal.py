@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sinterlm.engine.outputs import RequestOutput
 from sinterlm.serve.errors import from_exception
 from sinterlm.serve.metrics import Metrics
 from sinterlm.serve.middleware import answer_error, path_of
@@ -36,19 +35,13 @@ class RequestRecord:
     ttft_s: float | None = None  #: of the first prompt that drew a token
     finish_reasons: list[str] = field(default_factory=list)  #: one per completion
 
-    def book(self, output: RequestOutput) -> None:
-        """Add a finished prompt."""
-        self.prompt_tokens += len(output.prompt_token_ids)
-        self.output_tokens += sum(len(one.token_ids) for one in output.outputs)
-        self.finish_reasons += [one.finish_reason for one in output.outputs]
-        if self.ttft_s is None:
-            self.ttft_s = output.metrics.ttft
 
-
-def record_of(request: Request) -> RequestRecord:
-    """The record of a request; one that nobody reads where there is no journal."""
-    record = request.scope.get("state", {}).get(_KEY)
-    return record if isinstance(record, RequestRecord) else RequestRecord()
+def record_of(request: Request, *, stream: bool | None) -> RequestRecord:
+    """The record of a generating request; one that nobody reads where there is no journal."""
+    record = request.scope.get("state", {}).get(_KEY, RequestRecord())
+    assert isinstance(record, RequestRecord)
+    record.stream = bool(stream)
+    return record
 
 
 class Journal:

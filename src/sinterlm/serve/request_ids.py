@@ -16,14 +16,17 @@ _FORM = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestIds:
-    """ASGI middleware: ``scope["state"]["request_id"]``, and the header of the answer."""
+    """ASGI middleware: ``scope["state"]["request_id"]``, and the header of the answer.
+
+    Of two around one another only the outer one does anything.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or "request_id" in scope.get("state", {}):
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER)

@@ -33,6 +33,7 @@ from sinterlm.serve.listening import listen
 from sinterlm.serve.metrics import Metrics
 from sinterlm.serve.middleware import PUBLIC_PATHS, BodyLimit, Keys
 from sinterlm.serve.parsers import TOOL_PARSERS, choose_reasoning_parser, choose_tool_parser
+from sinterlm.serve.request_ids import RequestIds
 from sinterlm.serve.served import ServedModel, served_model
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ def layered(app: Starlette, service: Service, metrics: Metrics) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Journal(layers, metrics=metrics, routes=paths, access_log=options.access_log)
+    layers = Journal(layers, metrics=metrics, routes=paths, access_log=options.access_log)
+    return RequestIds(layers)
 
 
 class _Run:
