@@ -46,6 +46,11 @@ $(VENV)/stamps/dev: $(VENV)/stamps/run
 	@$(PIP) install -e '.[dev]'
 	@touch $@
 
+$(VENV)/stamps/browser: $(VENV)/stamps/dev
+	@echo "make: installing what drives a browser (the browser: apt-get install chromium)"
+	@$(PIP) install -e '.[browser]'
+	@touch $@
+
 $(GOLDENS_VENV)/stamp: pyproject.toml
 	@echo "make: creating $(GOLDENS_VENV) with torch (a large download)"
 	@$(PYTHON) -m venv $(GOLDENS_VENV)
@@ -66,7 +71,7 @@ demo: $(VENV)/stamps/run $(VENV)/stamps/demo-model
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup
+test-all: setup $(VENV)/stamps/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 check: $(VENV)/stamps/dev

@@ -16,11 +16,12 @@ function card(title, plot, axis) {
   return { element, readout };
 }
 
-function canvas() {
+function canvas(title) {
   return s("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
     preserveAspectRatio: "none",
     role: "img",
+    "aria-label": `${title}, no data yet`,
   });
 }
 
@@ -42,7 +43,7 @@ export class LineChart {
     this.title = title;
     this.series = series;
     this.format = format;
-    this.svg = canvas();
+    this.svg = canvas(title);
     this.fill = s("path", { class: `area ${series[0].tone}` });
     this.lines = series.map(({ tone }) => s("path", { class: `line ${tone}` }));
     this.cursor = s("path", { class: "cursor" });
@@ -119,7 +120,7 @@ export class LineChart {
 export class DistributionChart {
   constructor(title) {
     this.title = title;
-    this.svg = canvas();
+    this.svg = canvas(title);
     this.bars = s("g", { class: "bars" });
     this.marks = s("path", { class: "marks" });
     this.names = h("div", { class: "names", "aria-hidden": "true" });
