@@ -60,6 +60,11 @@ class EngineOptions:
     max_model_len: int | None = None  #: tokens; None = the bundle's
     max_num_seqs: int = 64  #: sequences per step
     max_num_batched_tokens: int = 512  #: token budget of one step (chunked prefill)
+    max_mixed_prefill_tokens: int = 128  #: prefill tokens of a step in which something decodes
+    enable_prefix_caching: bool = True  #: share the KV pages of equal beginnings
+    num_speculative_tokens: int = 0  #: tokens guessed per sequence and step; 0 = no speculation
+    prompt_lookup_min: int = 2  #: shortest run of tokens that is looked up for a guess
+    prompt_lookup_max: int = 4  #: longest
     kv_cache_memory_bytes: int | None = None  #: None = from what the cgroup leaves free
     block_size: int = 64  #: tokens per KV page, a multiple of 16
     num_threads: int | None = None  #: None = the CPUs this process may use

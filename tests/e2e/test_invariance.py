@@ -121,7 +121,7 @@ def test_any_schedule_gives_the_bytes_of_running_alone(
     asks, expected = references[model]
     with _open(model, folders, cache_dir, schedule) as llm:
         got = replay(llm._engine, asks, schedule["arrivals"])  # type: ignore[arg-type]
-        event(f"preempted: {llm._engine.scheduler.num_preemptions > 0}")
+        event(f"preempted: {llm._engine.stats().num_preemptions > 0}")
     wrong = [i for i in range(NUM_REQUESTS) if got[i] != expected[i]]
     assert not wrong, f"requests {wrong} changed under {schedule}"
 
@@ -139,7 +139,7 @@ def test_tiny_pool_preempts(
         }  # fmt: skip
         with _open(model, folders, cache_dir, schedule) as llm:
             got = replay(llm._engine, asks, [apart * i for i in range(NUM_REQUESTS)])
-            preemptions += llm._engine.scheduler.num_preemptions
+            preemptions += llm._engine.stats().num_preemptions
         assert got == expected
     assert preemptions > 0
 

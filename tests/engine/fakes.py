@@ -15,6 +15,8 @@ import numpy as np
 from sinterlm.artifact.text import TextAssets
 from sinterlm.engine.admission import Limits
 from sinterlm.engine.engine import Engine
+from sinterlm.engine.schedule import StepLimits
+from sinterlm.engine.speculation import NgramProposer
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.runtime.batch import Float32, RowSampling, StepBatch, StepResult
 
@@ -25,9 +27,9 @@ def _hash(*values: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "little")
 
 
-def ranking(history: Sequence[int], vocab_size: int, row: RowSampling) -> list[int]:
+def ranking(history: Sequence[int], vocab_size: int, row: RowSampling | None) -> list[int]:
     """All tokens, best first, for this history; seeded rows see an order of their own."""
-    seed = row.seed if row.temperature > 0 else 0
+    seed = row.seed if row is not None and row.temperature > 0 else 0
     key = _hash(seed, len(history), *history)
     return np.random.default_rng(key).permutation(vocab_size).tolist()
 
@@ -81,15 +83,20 @@ class FakeModel:
             assert array.dtype == np.int32 and array.flags.c_contiguous, name
         assert np.all(np.diff(batch.sample_rows) > 0)
         assert np.all((batch.token_ids >= 0) & (batch.token_ids < self.vocab_size))
-        seen: set[int] = set()
+        written: set[int] = set()
+        read: set[int] = set()
         for i in range(batch.num_seqs):
             start, end = batch.query_start[i], batch.query_start[i + 1]
             positions = batch.positions[start:end]
             assert end > start and np.all(np.diff(positions) == 1)
             assert positions[-1] + 1 == batch.context_lens[i]
-            used = set(self._pages_of(batch, i).tolist())
-            assert not used & seen, "two sequences share a page"
-            seen |= used
+            used = self._pages_of(batch, i).tolist()
+            whole = int(positions[0]) // self.pages.shape[1]
+            # What this sequence writes nobody else writes, nor had read before.
+            assert not set(used[whole:]) & written, "two sequences write to one page"
+            assert not set(used[whole:]) & read, "a page that another reads is written to"
+            written |= set(used[whole:])
+            read |= set(used[:whole])
 
     def _pages_of(self, batch: StepBatch, seq: int) -> np.ndarray:
         count = -(-int(batch.context_lens[seq]) // self.pages.shape[1])
@@ -148,18 +155,28 @@ def make_engine(
     max_model_len: int = 128,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
+    max_sample_rows: int | None = None,
+    max_mixed_prefill_tokens: int | None = None,
+    prefix_caching: bool = True,
+    num_speculative_tokens: int = 0,
     seed: int = 0,
     assets: TextAssets | None = None,
 ) -> Engine:
     """An engine on a FakeModel."""
+    proposer = NgramProposer(num_speculative_tokens or 1, shortest=1, longest=3)
     return Engine(
         FakeModel(num_pages, page_tokens, vocab_size),
         Tokenizer(assets or TextAssets()),
         Limits(max_model_len, vocab_size),
+        StepLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_sample_rows=max_sample_rows or max_num_seqs,
+            max_mixed_prefill_tokens=max_mixed_prefill_tokens or max_num_batched_tokens,
+        ),
         num_pages=num_pages,
         page_tokens=page_tokens,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_sample_rows=max_num_seqs,
+        prefix_caching=prefix_caching,
+        proposer=proposer if num_speculative_tokens else None,
         seed=seed,
     )

@@ -16,8 +16,9 @@ from sinterlm.engine.engine import Engine, StepModel
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.outputs import Delta
 from sinterlm.engine.pages import PagePool
-from sinterlm.engine.request import Request
-from sinterlm.engine.scheduler import Schedule, Scheduler
+from sinterlm.engine.schedule import Drawn, Schedule, StepLimits
+from sinterlm.engine.scheduler import Scheduler
+from sinterlm.engine.stats import Counters
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.runtime.batch import StepBatch, StepResult
 
@@ -70,14 +71,18 @@ class PhasedEngine(Engine):
             _PhasedModel(model, phases),
             _PhasedTokenizer(llm, phases),
             limits,
+            StepLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_sample_rows=llm.plan.max_sample_rows,
+                max_mixed_prefill_tokens=max_num_batched_tokens,
+            ),
             num_pages=llm.plan.num_pages,
             page_tokens=page_tokens,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_sample_rows=llm.plan.max_sample_rows,
+            prefix_caching=False,
         )
         max_pages = -(-limits.max_model_len // page_tokens)
-        self._builder = _PhasedBuilder(max_num_seqs, max_num_batched_tokens, max_pages, phases)
+        self._builder = _PhasedBuilder(self.step_limits, max_pages, phases)
 
     def step(self) -> list[Delta]:
         """Run one step, as ``Engine.step`` does."""
@@ -88,7 +93,7 @@ class PhasedEngine(Engine):
 
     def _new_scheduler(self) -> Scheduler:
         pool = PagePool(self._num_pages, self._page_tokens)
-        return _PhasedScheduler(pool, self._max_num_seqs, self._max_tokens, self.phases)
+        return _PhasedScheduler(pool, self.step_limits, self._counters, self.phases)
 
 
 class _PhasedModel:
@@ -103,8 +108,8 @@ class _PhasedModel:
 
 
 class _PhasedBuilder(BatchBuilder):
-    def __init__(self, max_seqs: int, max_tokens: int, max_pages: int, phases: Phases) -> None:
-        super().__init__(max_seqs, max_tokens, max_pages)
+    def __init__(self, limits: StepLimits, max_pages: int, phases: Phases) -> None:
+        super().__init__(limits, max_pages)
         self._phases = phases
 
     def build(self, schedule: Schedule) -> StepBatch:
@@ -115,8 +120,10 @@ class _PhasedBuilder(BatchBuilder):
 
 
 class _PhasedScheduler(Scheduler):
-    def __init__(self, pool: PagePool, max_seqs: int, max_tokens: int, phases: Phases) -> None:
-        super().__init__(pool, max_seqs, max_tokens)
+    def __init__(
+        self, pool: PagePool, limits: StepLimits, counters: Counters, phases: Phases
+    ) -> None:
+        super().__init__(pool, limits, counters, prefix_caching=False)
         self._phases = phases
 
     def schedule(self) -> Schedule:
@@ -125,7 +132,7 @@ class _PhasedScheduler(Scheduler):
         self._phases.book("schedule", start)
         return done
 
-    def commit(self, schedule: Schedule, tokens: Sequence[int]) -> list[Request]:
+    def commit(self, schedule: Schedule, tokens: Sequence[int]) -> list[Drawn]:
         start = time.perf_counter()
         done = super().commit(schedule, tokens)
         self._phases.book("commit", start)

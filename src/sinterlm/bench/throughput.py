@@ -84,7 +84,8 @@ def measure_throughput(
 
 
 def _run(llm: LLM, model: RecordingModel, work: Workload, case: int, number: int = 0) -> _Run:
-    """All prompts of one case at once; prompts differ between rounds."""
+    """All prompts of one case at once; prompts differ between rounds, and none was seen before."""
+    llm.reset_prefix_cache()
     vocab_size = llm.bundle.manifest.shape.vocab_size
     ids = random_prompts(work.num_prompts[case], work.input_len, vocab_size, work.seed + number)
     prompts = [TokensPrompt(prompt_token_ids=one) for one in ids]

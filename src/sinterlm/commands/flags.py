@@ -37,6 +37,13 @@ HELP: dict[str, str] = {
     "bundle_sha256": "refuse a bundle whose manifest has another SHA-256",
     "max_num_seqs": "most sequences in one step",
     "max_num_batched_tokens": "most tokens in one step; longer prompts are cut into chunks",
+    "max_mixed_prefill_tokens": "most prompt tokens in a step that also decodes: fewer keep the "
+    "gaps between tokens shorter, more the wait for the first",
+    "enable_prefix_caching": "compute a beginning that prompts share only once (default: on)",
+    "num_speculative_tokens": "tokens guessed per step from the text so far, and checked: never "
+    "changes the output",
+    "prompt_lookup_min": "shortest run of tokens looked up for a guess",
+    "prompt_lookup_max": "longest run of tokens looked up for a guess",
     "kv_cache_memory_bytes": "memory for the KV cache, bytes or 512M, 4G (default: what is free)",
     "block_size": "tokens per KV page, a multiple of 16",
     "num_threads": "worker threads (default: the CPUs this process may use)",
@@ -145,6 +152,7 @@ _PARSERS: dict[str, Any] = {
 _METAVARS: dict[str, str] = {
     "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
+    "max_mixed_prefill_tokens": "TOKENS",
     "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX", "host": "ADDRESS",
     "root_path": "PATH", "api_key": "KEY", "allowed_origins": "ORIGIN", "max_body_bytes": "BYTES",
 }  # fmt: skip
@@ -171,7 +179,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], hint: Any) -> N
     kind, choices = _kind_of(hint)
     help_text = HELP[field.name]
     if kind is bool:
-        group.add_argument(flag_of(field.name), action="store_true", default=None, help=help_text)
+        action = argparse.BooleanOptionalAction if field.default is True else "store_true"
+        group.add_argument(flag_of(field.name), action=action, default=None, help=help_text)
         return
     if field.default not in (None, (), "", MISSING):
         help_text += f" (default: {field.default})"

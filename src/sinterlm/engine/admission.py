@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinterlm.engine.prefix import root_digest
 from sinterlm.engine.request import Request, RequestGroup, TokenBuffer
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.text_stream import CONTEXT_TOKENS, TextStream
@@ -70,8 +71,12 @@ def make_group(
     engine_seed: int,
     first_arrival: int,
     stream: bool,
+    priority: int,
+    deadline: float | None,
+    cache_salt: str | None,
 ) -> RequestGroup:
     """The group of one submitted prompt. Raises PromptError and UsageError."""
+    _check_place(priority, deadline, cache_salt)
     tokens = checked_tokens(prompt_token_ids, limits, room_for=1)
     params.check_vocabulary(limits.vocab_size)
     if params.stop_strings and not tokenizer.has_vocabulary:
@@ -81,7 +86,16 @@ def make_group(
             f"min_tokens={params.min_tokens} does not fit behind a prompt of {len(tokens)} tokens: "
             f"max_model_len is {limits.max_model_len}"
         )
-    group = RequestGroup(request_id, prompt, params, time.perf_counter(), stream=stream)
+    group = RequestGroup(
+        request_id,
+        prompt,
+        params,
+        time.perf_counter(),
+        root_digest(cache_salt),
+        priority=priority,
+        deadline=deadline,
+        stream=stream,
+    )
     ending = frozenset(params.stop_ids) | _eos(params, tokenizer, limits)
     _check_drawable(params, ending, limits.vocab_size)
     room = limits.max_model_len - len(tokens)
@@ -102,9 +116,25 @@ def make_group(
                 stop_token_ids=ending,
                 text=_text_stream(params, tokenizer, tokens, stream),
                 logprobs=None if params.logprobs is None else [],
+                # The prompt is the same for all n: one of them tells.
+                prompt_logprobs=[None]
+                if params.prompt_logprobs is not None and not index
+                else None,
             )
         )
     return group
+
+
+def _check_place(priority: object, deadline: object, cache_salt: object) -> None:
+    """Refuse a priority, deadline or salt that is none."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise UsageError(f"priority={priority!r} must be an integer; lower runs earlier")
+    if deadline is not None and (
+        isinstance(deadline, bool) or not isinstance(deadline, int | float) or math.isnan(deadline)
+    ):
+        raise UsageError(f"deadline={deadline!r} must be a number of seconds")
+    if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+        raise UsageError(f"cache_salt={cache_salt!r} must be a text that is not empty")
 
 
 def _eos(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> frozenset[int]:

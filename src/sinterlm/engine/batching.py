@@ -5,23 +5,27 @@ The page-table row of a running request is kept between steps and only extended.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sinterlm.engine.request import Request
-from sinterlm.engine.scheduler import Schedule
+from sinterlm.engine.schedule import Chunk, Schedule, StepLimits
 from sinterlm.runtime.batch import Int32, RowSampling, StepBatch
+
+#: Added to the raw logit of the one token that a row shall draw; above any logit, below infinity.
+_FORCED = np.array([1e30], np.float32)
 
 
 class BatchBuilder:
-    """Preallocated arrays for ``max_num_seqs`` sequences, ``max_tokens`` tokens, ``max_pages``
-    pages per sequence.
-    """
+    """Preallocated arrays for the largest step, with ``max_pages`` pages per sequence."""
 
-    def __init__(self, max_num_seqs: int, max_tokens: int, max_pages: int) -> None:
+    def __init__(self, limits: StepLimits, max_pages: int) -> None:
+        max_tokens = limits.max_num_batched_tokens
         self._token_ids = np.zeros(max_tokens, np.int32)
         self._positions = np.zeros(max_tokens, np.int32)
         self._ramp = np.arange(max_tokens, dtype=np.int32)
-        self._tables = np.zeros((max_num_seqs, max_pages), np.int32)
+        self._tables = np.zeros((limits.max_num_seqs, max_pages), np.int32)
 
     def build(self, schedule: Schedule) -> StepBatch:
         """The step's arrays; valid until the next call."""
@@ -44,10 +48,12 @@ class BatchBuilder:
             context_lens.append(last)
             width = max(width, self._extend_table(request))
             slots.append(request.slot)
-            if chunk.samples:
-                sample_rows.append(end - 1)
-                sampling.append(_prepared_row(request))
-                max_logprobs = max(max_logprobs, request.row.num_logprobs)
+            if chunk.num_rows:
+                sample_rows += [start + position - first for position in chunk.scored]
+                sample_rows += range(end - chunk.num_drawn, end)
+                rows = [*_scored_rows(chunk), *_drawn_rows(chunk)]
+                sampling += rows
+                max_logprobs = max(max_logprobs, *(row.num_logprobs for row in rows))
         self._token_ids[decode_rows] = decode_ids
         self._positions[decode_rows] = decode_positions
         return StepBatch(
@@ -71,13 +77,35 @@ class BatchBuilder:
         return have
 
 
-def _prepared_row(request: Request) -> RowSampling:
-    """The request's row, moved to the token that is drawn next."""
-    row = request.row
-    row.position = request.num_tokens
-    if request.group.params.has_penalties:
-        row.output_tokens = request.tokens.output
-    return row
+def _drawn_rows(chunk: Chunk) -> list[RowSampling]:
+    """How the chunk's tokens are drawn: the request's row, moved to each in turn."""
+    if not chunk.samples:
+        return []
+    request = chunk.request
+    rows = [request.row]
+    rows += [replace(request.row) for _ in range(chunk.num_drafts)]
+    for i, row in enumerate(rows):
+        row.position = request.num_tokens + i
+        if request.group.params.has_penalties:
+            row.output_tokens = request.tokens.slice(request.tokens.num_prompt, row.position)
+    return rows
+
+
+def _scored_rows(chunk: Chunk) -> list[RowSampling]:
+    """Rows that draw the prompt's own next token, so that its logprob is reported: that is of the
+    raw logits, whatever the row is drawn from."""
+    tokens, wanted = chunk.request.tokens, chunk.request.group.params.prompt_logprobs
+    if wanted is None:
+        return []
+    return [
+        RowSampling(
+            position=position + 1,
+            num_logprobs=wanted,
+            bias_ids=tokens.slice(position + 1, position + 2),
+            bias=_FORCED,
+        )
+        for position in chunk.scored
+    ]
 
 
 def logits_batch(token_ids: Int32, first: int, pages: Int32) -> StepBatch:

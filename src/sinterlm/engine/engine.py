@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from sinterlm.engine.admission import Limits, make_group
 from sinterlm.engine.batching import BatchBuilder, logits_batch
-from sinterlm.engine.outputs import (
-    CompletionOutput,
-    Delta,
-    FinishReason,
-    Logprob,
-    RequestOutput,
-    TokenLogprobs,
+from sinterlm.engine.booking import (
+    Ending,
+    book_logprobs,
+    book_prompt_logprobs,
+    book_token,
+    completion,
 )
+from sinterlm.engine.deadlines import Deadlines
+from sinterlm.engine.outputs import Delta, RequestOutput, TokenLogprobs
 from sinterlm.engine.pages import PagePool
 from sinterlm.engine.request import Request, RequestGroup
 from sinterlm.engine.sampling import SamplingParams
-from sinterlm.engine.scheduler import Schedule, Scheduler
+from sinterlm.engine.schedule import Chunk, Schedule, StepLimits
+from sinterlm.engine.scheduler import Scheduler
+from sinterlm.engine.speculation import NgramProposer
+from sinterlm.engine.stats import Counters, EngineStats
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import UsageError
 from sinterlm.runtime.batch import Float32, Int32, StepBatch, StepResult
@@ -46,7 +50,7 @@ class StepModel(Protocol):
 class Engine:
     """Runs requests on a model whose KV cache has ``num_pages`` pages of ``page_tokens`` tokens.
 
-    ``max_sample_rows`` is the most rows the model samples, or gives logits of, in one step.
+    ``proposer`` guesses tokens that the model then checks; None = no speculation.
     """
 
     def __init__(
@@ -54,25 +58,26 @@ class Engine:
         model: StepModel,
         tokenizer: Tokenizer,
         limits: Limits,
+        step_limits: StepLimits,
         *,
         num_pages: int,
         page_tokens: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_sample_rows: int,
+        prefix_caching: bool = True,
+        proposer: NgramProposer | None = None,
         seed: int = 0,
     ) -> None:
         self.limits = limits
+        self.step_limits = step_limits
         self.tokenizer = tokenizer
         self._model = model
         self._num_pages, self._page_tokens = num_pages, page_tokens
-        self._max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
-        self._max_sample_rows = max_sample_rows
+        self._prefix_caching, self._proposer = prefix_caching, proposer
         self._seed = seed
         self._num_requests = 0  # ever submitted: arrival order, and a seed for those without one
-        max_pages = -(-limits.max_model_len // page_tokens)
-        self._builder = BatchBuilder(max_num_seqs, max_num_batched_tokens, max_pages)
+        self._builder = BatchBuilder(step_limits, -(-limits.max_model_len // page_tokens))
         self._groups: dict[str, RequestGroup] = {}
+        self._deadlines = Deadlines()
+        self._counters = Counters()
         self.scheduler = self._new_scheduler()
         self._found_interval = sys.getswitchinterval()
 
@@ -132,13 +137,6 @@ class Engine:
         Touches nothing that a step does, so that one other thread may make requests while the
         engine's own steps; arrival, and with it the order and the default seed, is counted here.
         """
-        for name, value, neutral in (
-            ("priority", priority, 0),
-            ("deadline", deadline, None),
-            ("cache_salt", cache_salt, None),
-        ):
-            if value != neutral:
-                raise UsageError(f"{name}={value!r} is not built yet; leave it out")
         group = make_group(
             request_id,
             prompt,
@@ -149,6 +147,9 @@ class Engine:
             engine_seed=self._seed,
             first_arrival=self._num_requests,
             stream=stream,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
         )
         first = group.requests[0]
         self.scheduler.check_fits(first.tokens.num_prompt, first.max_total_tokens)
@@ -160,35 +161,70 @@ class Engine:
         if group.request_id in self._groups:
             raise UsageError(f"request_id={group.request_id!r} is already running")
         self._groups[group.request_id] = group
+        self._deadlines.add(group)
+        self._counters.prompt_tokens += group.requests[0].tokens.num_prompt
         for request in group.requests:
             self.scheduler.add(request)
 
     def step(self) -> list[Delta]:
-        """Run one step of everything that fits in it; what it drew, at most one delta each."""
+        """Run one step of everything that fits in it; what it drew, one delta for each token.
+
+        First, whatever is past its deadline ends; with a delta too, which has no token. After an
+        exception only ``reset`` may follow: pages were promised what was not computed.
+        """
         self._lower_switch_interval()
+        deltas = self._expire(time.perf_counter())
         schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            return []
-        batch = self._builder.build(schedule)
-        result = self._model.step(batch)
-        return self._commit(schedule, result)
+        if schedule.chunks:
+            deltas += self._commit(schedule, self._run(schedule))
+        return deltas
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
-        """End requests early; what they have so far. Unknown and finished ids are ignored."""
+        """End requests early, freeing their pages at once; what they have so far. Unknown and
+        finished ids are ignored."""
         outputs = []
         for request_id in request_ids:
             group = self._groups.get(request_id)
             if group is not None:
                 for request in group.requests:
                     if request.finish_reason is None:
-                        self._finish(request, "abort")
+                        self._finish(request, Ending("abort"))
                 outputs.append(self._close_group(group, time.perf_counter()))
         return outputs
 
     def reset(self) -> None:
         """Drop everything and free every page; for use after an interruption at any point."""
+        unfinished = [r for g in self._groups.values() for r in g.requests if not r.finish_reason]
+        self._counters.finished["error"] += len(unfinished)
         self._groups.clear()
+        self._deadlines.clear()
         self.scheduler = self._new_scheduler()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is in every page; running requests keep theirs and go on."""
+        self.scheduler.pool.forget()
+
+    def stats(self) -> EngineStats:
+        """A snapshot, from any thread; ``ops`` is left to whoever can ask the model."""
+        counters, scheduler = self._counters, self.scheduler
+        pool = scheduler.pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_preemptions=counters.preemptions,
+            kv_pages_total=pool.num_pages,
+            kv_pages_used=pool.num_pages - pool.num_free,
+            kv_pages_cached=pool.num_cached,
+            prefix_cache_queries=counters.prefix_queries,
+            prefix_cache_hits=counters.prefix_hits,
+            prompt_tokens_total=counters.prompt_tokens,
+            generation_tokens_total=counters.generation_tokens,
+            spec_draft_tokens=counters.draft_tokens,
+            spec_accepted_tokens=counters.accepted_tokens,
+            requests_finished=dict(counters.finished),
+            steps=counters.steps,
+            step_seconds_total=counters.step_seconds,
+        )
 
     def forward_logits(self, token_ids: Int32, vocab_size: int) -> Float32:
         """Raw logits [len(token_ids), vocab_size] after each token. Needs an idle engine."""
@@ -199,7 +235,8 @@ class Engine:
         try:
             table = np.array(pages, np.int32)
             logits = np.empty((len(token_ids), vocab_size), np.float32)
-            rows = min(self._max_sample_rows, self._max_tokens)
+            limits = self.step_limits
+            rows = min(limits.max_sample_rows, limits.max_num_batched_tokens)
             for start in range(0, len(token_ids), rows):
                 chunk = token_ids[start : start + rows]
                 result = self._model.step(logits_batch(chunk, start, table))
@@ -217,109 +254,108 @@ class Engine:
 
     # -- one step --------------------------------------------------------------------------------
 
+    def _expire(self, now: float) -> list[Delta]:
+        """End what is past its deadline, running or waiting."""
+        deltas = []
+        for group in self._deadlines.pop_due(now):
+            for request in group.requests:
+                if request.finish_reason is None:
+                    self._finish(request, Ending("abort", "deadline"))
+                    deltas.append(self._delta(request, (), None, now))
+        return deltas
+
+    def _run(self, schedule: Schedule) -> StepResult:
+        batch = self._builder.build(schedule)
+        start = time.perf_counter()
+        result = self._model.step(batch)
+        self._counters.step_seconds += time.perf_counter() - start
+        self._counters.steps += 1
+        return result
+
     def _commit(self, schedule: Schedule, result: StepResult) -> list[Delta]:
         now = time.perf_counter()
-        tokens: list[int] = result.tokens.tolist()
-        drew = self.scheduler.commit(schedule, tokens)
-        return [
-            self._advance(request, token_id, self._book_logprobs(request, result, row), now)
-            for row, (request, token_id) in enumerate(zip(drew, tokens, strict=True))
-        ]
+        drew = self.scheduler.commit(schedule, result.tokens.tolist())
+        self._book_prompts(schedule.chunks, result)
+        deltas = []
+        for drawn in drew:
+            for row, token_id in enumerate(drawn.token_ids, drawn.first_row):
+                deltas.append(self._advance(drawn.request, token_id, result, row, now))
+                if drawn.request.finish_reason is not None:
+                    break
+        self._counters.generation_tokens += len(deltas)
+        return deltas
+
+    def _book_prompts(self, chunks: Sequence[Chunk], result: StepResult) -> None:
+        row = 0
+        for chunk in chunks:
+            if chunk.scored:
+                book_prompt_logprobs(chunk, result, row, self.tokenizer.token_text)
+            row += chunk.num_rows
 
     def _advance(
-        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now: float
+        self, request: Request, token_id: int, result: StepResult, row: int, now: float
     ) -> Delta:
-        """Book one drawn token: its text, and whether it ends the sequence."""
+        """Book one drawn token: its logprobs, its text, and whether it ends the sequence."""
+        if request.group.first_token_time is None:
+            request.group.first_token_time = now
+        logprobs = book_logprobs(request, result, row, self.tokenizer.token_text)
+        ending = book_token(request, token_id)
+        if ending is not None:
+            self._finish(request, ending)
+        return self._delta(request, (token_id,), logprobs, now)
+
+    def _delta(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprobs: TokenLogprobs | None,
+        now: float,
+    ) -> Delta:
         group = request.group
-        if group.first_token_time is None:
-            group.first_token_time = now
-        self._check_end(request, token_id)
         output = self._close_group(group, now) if group.is_finished else None
         shown = request.text.take_delta() if group.stream and request.text is not None else ""
         return Delta(
             request_id=group.request_id,
             index=request.index,
             text=shown,
-            token_ids=(token_id,),
+            token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             output=output,
         )
 
-    def _check_end(self, request: Request, token_id: int) -> None:
-        params = request.group.params
-        may_stop = request.num_output >= params.min_tokens
-        if may_stop and request.row_after_min_tokens is not None:
-            request.row, request.row_after_min_tokens = request.row_after_min_tokens, None
-        if token_id in request.stop_token_ids:
-            if request.text is not None and params.include_stop_str_in_output:
-                request.text.push(token_id, may_stop=False)
-            # Only a token the caller named is worth reporting; eos is the ordinary end.
-            request.stop_reason = token_id if token_id in params.stop_ids else None
-            self._finish(request, "stop")
-            return
-        if request.text is not None:
-            stop = request.text.push(token_id, may_stop=may_stop)
-            if stop is not None:
-                request.stop_reason = stop
-                self._finish(request, "stop")
-                return
-        if request.num_tokens >= request.max_total_tokens:
-            self._finish(request, "length")
-
-    def _book_logprobs(
-        self, request: Request, result: StepResult, row: int
-    ) -> TokenLogprobs | None:
-        if request.logprobs is None:
-            return None
-        token_id = int(result.tokens[row])
-        text = self.tokenizer.token_text
-        drawn = float(result.logprobs[row])
-        entry = {token_id: Logprob(drawn, int(result.ranks[row]), text(token_id))}
-        for i in range(request.row.num_logprobs):
-            other = int(result.top_ids[row, i])
-            if other not in entry:
-                entry[other] = Logprob(float(result.top_logprobs[row, i]), i + 1, text(other))
-        request.logprobs.append(entry)
-        request.cumulative_logprob += drawn
-        return entry
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.finish_reason = reason
+    def _finish(self, request: Request, ending: Ending) -> None:
+        request.finish_reason, request.stop_reason = ending.reason, ending.stop_reason
+        self._counters.finished[ending.reason] += 1
         if request.text is not None:
             request.text.finish()
         self.scheduler.finish(request)
 
     def _close_group(self, group: RequestGroup, now: float) -> RequestOutput:
         del self._groups[group.request_id]
+        first = group.requests[0]
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
-            prompt_token_ids=tuple(group.requests[0].tokens.prompt.tolist()),
-            outputs=[_completion(request) for request in group.requests],
+            prompt_token_ids=tuple(first.tokens.prompt.tolist()),
+            outputs=[completion(request) for request in group.requests],
             metrics=group.metrics(now),
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached,
         )
 
     def _new_scheduler(self) -> Scheduler:
-        pool = PagePool(self._num_pages, self._page_tokens)
-        return Scheduler(pool, self._max_num_seqs, self._max_tokens)
+        return Scheduler(
+            PagePool(self._num_pages, self._page_tokens),
+            self.step_limits,
+            self._counters,
+            prefix_caching=self._prefix_caching,
+            proposer=self._proposer,
+        )
 
     def _lower_switch_interval(self) -> None:
         # Looked at each step, not set once: another engine that closes gives back what it found.
         if sys.getswitchinterval() > GIL_SWITCH_INTERVAL:
             self._found_interval = sys.getswitchinterval()
             sys.setswitchinterval(GIL_SWITCH_INTERVAL)
-
-
-def _completion(request: Request) -> CompletionOutput:
-    assert request.finish_reason is not None
-    return CompletionOutput(
-        index=request.index,
-        text="" if request.text is None else request.text.text,
-        token_ids=tuple(request.tokens.output.tolist()),
-        logprobs=request.logprobs,
-        cumulative_logprob=None if request.logprobs is None else request.cumulative_logprob,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )

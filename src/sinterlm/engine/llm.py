@@ -73,6 +73,11 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = EngineOptions.max_num_seqs,
         max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens,
+        max_mixed_prefill_tokens: int = EngineOptions.max_mixed_prefill_tokens,
+        enable_prefix_caching: bool = EngineOptions.enable_prefix_caching,
+        num_speculative_tokens: int = EngineOptions.num_speculative_tokens,
+        prompt_lookup_min: int = EngineOptions.prompt_lookup_min,
+        prompt_lookup_max: int = EngineOptions.prompt_lookup_max,
         kv_cache_memory_bytes: int | None = None,
         block_size: int = EngineOptions.block_size,
         num_threads: int | None = None,
@@ -85,6 +90,11 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            num_speculative_tokens=num_speculative_tokens,
+            prompt_lookup_min=prompt_lookup_min,
+            prompt_lookup_max=prompt_lookup_max,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             block_size=block_size,
             num_threads=num_threads,
@@ -244,6 +254,11 @@ class LLM:
                 raise ResourceError(
                     f"logits of {len(ids)} tokens take {gigabytes:.1f} GB; give fewer tokens"
                 ) from exc
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV pages hold: the next prompts are computed from their beginning."""
+        with self._exclusive() as engine:
+            engine.reset_prefix_cache()
 
     # -- serving ---------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from sinterlm.engine.admission import Limits
 from sinterlm.engine.engine import Engine
 from sinterlm.engine.memory import KvPlan, plan_kv
 from sinterlm.engine.sampling import SamplingParams, default_sampling_params
+from sinterlm.engine.schedule import StepLimits
+from sinterlm.engine.speculation import NgramProposer
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import BundleError
 from sinterlm.options import EngineOptions
@@ -64,14 +66,29 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
         model,
         tokenizer,
         Limits(plan.max_model_len, manifest.shape.vocab_size),
+        StepLimits(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_sample_rows=plan.max_sample_rows,
+            max_mixed_prefill_tokens=options.max_mixed_prefill_tokens,
+        ),
         num_pages=plan.num_pages,
         page_tokens=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_sample_rows=plan.max_sample_rows,
+        prefix_caching=options.enable_prefix_caching,
+        proposer=_proposer(options),
         seed=options.seed,
     )
     return Loaded(plan, tokenizer, defaults, model, engine)
+
+
+def _proposer(options: EngineOptions) -> NgramProposer | None:
+    if options.num_speculative_tokens == 0:
+        return None
+    return NgramProposer(
+        options.num_speculative_tokens,
+        shortest=options.prompt_lookup_min,
+        longest=options.prompt_lookup_max,
+    )
 
 
 def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, ...] | None]:

@@ -19,7 +19,7 @@ _RESERVE_BYTES = 128 << 20
 _KV_SHARE = 0.9
 #: An engine that chose its context itself does not start with less than this many tokens.
 _LEAST_CONTEXT = 256
-#: Rows whose logits one step can give even when few sequences run (evaluation).
+#: Rows whose logits one step can give beside the drawn ones: prompt logprobs, evaluation.
 _LOGITS_ROWS = 64
 
 
@@ -44,6 +44,10 @@ def check_options(options: EngineOptions) -> None:
         ("max_model_len", options.max_model_len, 2, 1 << 24),
         ("max_num_seqs", options.max_num_seqs, 1, 4096),
         ("max_num_batched_tokens", options.max_num_batched_tokens, 1, 1 << 20),
+        ("max_mixed_prefill_tokens", options.max_mixed_prefill_tokens, 1, 1 << 20),
+        ("num_speculative_tokens", options.num_speculative_tokens, 0, 64),
+        ("prompt_lookup_min", options.prompt_lookup_min, 1, 1 << 10),
+        ("prompt_lookup_max", options.prompt_lookup_max, 1, 1 << 10),
         ("kv_cache_memory_bytes", options.kv_cache_memory_bytes, 1, 1 << 62),
         ("block_size", options.block_size, 16, 4096),
         ("num_threads", options.num_threads, 1, 1024),
@@ -60,6 +64,15 @@ def check_options(options: EngineOptions) -> None:
         raise UsageError(
             f"max_num_seqs={options.max_num_seqs} exceeds "
             f"max_num_batched_tokens={options.max_num_batched_tokens}; each sequence needs a token"
+        )
+    if options.prompt_lookup_min > options.prompt_lookup_max:
+        raise UsageError(
+            f"prompt_lookup_min={options.prompt_lookup_min} exceeds "
+            f"prompt_lookup_max={options.prompt_lookup_max}"
+        )
+    if not isinstance(options.enable_prefix_caching, bool):
+        raise UsageError(
+            f"enable_prefix_caching={options.enable_prefix_caching!r} must be True or False"
         )
     ids: tuple[object, ...] | None = options.cpu_ids
     for cpu in () if ids is None else ids:
@@ -84,7 +97,8 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
     wanted = options.max_model_len or limit
     if wanted > limit:
         raise UsageError(f"max_model_len={wanted} exceeds the {limit} tokens of this model")
-    rows = min(max(options.max_num_seqs, _LOGITS_ROWS), options.max_num_batched_tokens)
+    drawn = options.max_num_seqs * (1 + options.num_speculative_tokens)
+    rows = min(drawn + _LOGITS_ROWS, options.max_num_batched_tokens)
     page_tokens = options.block_size
     page_bytes = _page_bytes(manifest, page_tokens)
     budget = _kv_budget(manifest, options, available_bytes, rows)

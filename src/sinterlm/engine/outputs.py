@@ -37,7 +37,8 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None  #: None unless asked for
     cumulative_logprob: float | None  #: sum over token_ids; None unless logprobs were asked for
     finish_reason: FinishReason
-    stop_reason: int | str | None  #: the stop token id or stop string; None for eos and length
+    #: The stop token id or stop string, or "deadline"; None for eos and length
+    stop_reason: int | str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""KV pages: who holds which, and which are free. Pure bookkeeping over page ids.
+"""KV pages: who holds which, which are free, and what is in them. Pure bookkeeping over page ids.
 
-Built for prefix caching: pages are reference-counted, free pages keep their content until they are
-handed out again (least recently freed first), and each page has a slot for the hash of its content.
+Pages are reference-counted. A full page may be given a digest, the name of its content; a free page
+keeps its content, and can be found by that name, until it is handed out again. Pages without a name
+are handed out first, then those least recently freed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Page:
 
     page_id: int
     ref_count: int = 0  #: requests whose page table names it
-    content_hash: int | None = None  #: set by prefix caching; None = content not shareable
+    digest: bytes | None = None  #: of its content and all before it; None = cannot be found
 
 
 class PagePool:
@@ -30,6 +31,8 @@ class PagePool:
         self.page_tokens = page_tokens
         self._pages = [Page(i) for i in range(num_pages)]
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_pages))
+        self._found_by: dict[bytes, int] = {}
+        self._num_cached = 0
 
     @property
     def num_pages(self) -> int:
@@ -41,6 +44,11 @@ class PagePool:
         """Pages nobody holds."""
         return len(self._free)
 
+    @property
+    def num_cached(self) -> int:
+        """Free pages whose content can still be found."""
+        return self._num_cached
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that ``num_tokens`` cached tokens take."""
         return -(-num_tokens // self.page_tokens)
@@ -50,7 +58,7 @@ class PagePool:
         return num_pages <= len(self._free)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Take ``num_pages`` free pages, least recently freed first, each with one reference.
+        """Take ``num_pages`` free pages, each with one reference; what was in them is forgotten.
 
         Raises ResourceError when there are not that many; nothing is taken then.
         """
@@ -62,7 +70,11 @@ class PagePool:
         for _ in range(num_pages):
             page_id, _ = self._free.popitem(last=False)
             page = self._pages[page_id]
-            page.ref_count, page.content_hash = 1, None
+            if page.digest is not None:
+                del self._found_by[page.digest]
+                page.digest = None
+                self._num_cached -= 1
+            page.ref_count = 1
             taken.append(page_id)
         return taken
 
@@ -72,6 +84,7 @@ class PagePool:
             page = self._pages[page_id]
             if page.ref_count == 0:
                 del self._free[page_id]
+                self._num_cached -= page.digest is not None
             page.ref_count += 1
 
     def release(self, page_ids: Iterable[int]) -> None:
@@ -86,7 +99,32 @@ class PagePool:
             page.ref_count -= 1
             if page.ref_count == 0:
                 self._free[page_id] = None
+                if page.digest is None:
+                    self._free.move_to_end(page_id, last=False)
+                else:
+                    self._num_cached += 1
 
     def ref_count(self, page_id: int) -> int:
         """Current number of holders of a page."""
         return self._pages[page_id].ref_count
+
+    # -- content ---------------------------------------------------------------------------------
+
+    def find(self, digest: bytes) -> int | None:
+        """The page, held or free, whose content has that name."""
+        return self._found_by.get(digest)
+
+    def name(self, page_id: int, digest: bytes) -> None:
+        """Say what is in a page that somebody holds. A name that another page has stays there."""
+        page = self._pages[page_id]
+        assert page.ref_count > 0 and page.digest is None, f"page {page_id} cannot be named"
+        if digest not in self._found_by:
+            self._found_by[digest] = page_id
+            page.digest = digest
+
+    def forget(self) -> None:
+        """No page can be found any more; who holds which stays as it is."""
+        for page_id in self._found_by.values():
+            self._pages[page_id].digest = None
+        self._found_by.clear()
+        self._num_cached = 0

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sinterlm.engine.outputs import FinishReason, RequestMetrics, TokenLogprobs
+from sinterlm.engine.outputs import (
+    FinishReason,
+    PromptLogprobs,
+    RequestMetrics,
+    TokenLogprobs,
+)
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.text_stream import TextStream
 from sinterlm.runtime.batch import Int32, RowSampling
@@ -48,6 +53,19 @@ class TokenBuffer:
         """View of tokens [start, stop)."""
         return self._data[start:stop]
 
+    def stage(self, drafts: Int32) -> None:
+        """Put guesses behind the last token, where ``slice`` sees them; ``append`` overwrites."""
+        end = self.num_tokens + len(drafts)
+        if end > len(self._data):
+            more = np.empty(max(len(self._data), len(drafts)), np.int32)
+            self._data = np.concatenate([self._data, more])
+        self._data[self.num_tokens : end] = drafts
+
+    @property
+    def known(self) -> Int32:
+        """View of prompt and drawn tokens."""
+        return self._data[: self.num_tokens]
+
     @property
     def prompt(self) -> Int32:
         """View of the prompt."""
@@ -65,7 +83,7 @@ class Request:
 
     group: RequestGroup
     index: int  #: completion index within the group
-    arrival: int  #: position in the order of arrival; the scheduler's only priority
+    arrival: int  #: position in the order of arrival
     tokens: TokenBuffer
     max_total_tokens: int  #: prompt and output together may not exceed this
     row: RowSampling  #: reused every step; its position is moved before each
@@ -75,10 +93,15 @@ class Request:
     status: Status = Status.WAITING
     num_computed: int = 0  #: tokens whose KV is in the cache
     pages: list[int] = field(default_factory=list)
+    page_digests: list[bytes] = field(default_factory=list)  #: names of its full pages, so far
+    num_named: int = 0  #: pages that the prefix cache knows or was told of
+    num_cached: int = 0  #: prompt tokens found in the prefix cache when it first started
     slot: int = -1  #: row of the page-table array while running
     table_filled: int = 0  #: pages already copied into that row
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    #: One per prompt token computed so far, the first None; None unless asked for
+    prompt_logprobs: PromptLogprobs | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -98,6 +121,23 @@ class Request:
         """Tokens whose KV is missing; exactly 1 while decoding."""
         return self.tokens.num_tokens - self.num_computed
 
+    @property
+    def unscored(self) -> range:
+        """Positions whose logits must still tell the logprob of the prompt token behind them."""
+        if self.prompt_logprobs is None:
+            return range(0)
+        return range(len(self.prompt_logprobs) - 1, self.tokens.num_prompt - 1)
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether guesses may be checked: every row is then drawn by the same rules."""
+        return self.row_after_min_tokens is None and self.row.allowed is None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priority values, then earlier arrivals."""
+        return self.group.priority, self.arrival
+
 
 @dataclass(slots=True, eq=False)
 class RequestGroup:
@@ -107,6 +147,9 @@ class RequestGroup:
     prompt: str | None
     params: SamplingParams
     arrival_time: float  #: seconds of time.perf_counter
+    cache_root: bytes  #: where the names of its pages start from
+    priority: int = 0  #: lower runs earlier
+    deadline: float | None = None  #: seconds of time.perf_counter
     requests: list[Request] = field(default_factory=list)
     first_token_time: float | None = None
     stream: bool = False  #: whether deltas carry text as it appears

@@ -46,6 +46,7 @@ class SamplingParams:
     min_tokens: int = 0  #: no eos, stop token or stop string before this many tokens
     max_tokens: int | None = 16  #: None = as many as the context has room for
     logprobs: int | None = None  #: alternatives per token, 0 = the drawn token alone
+    prompt_logprobs: int | None = None  #: the same for each prompt token but the first
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None  #: token id -> added to its raw logit
     skip_special_tokens: bool = True
@@ -136,8 +137,9 @@ def _check_numbers(params: SamplingParams) -> None:
     _integer("min_tokens", params.min_tokens, 0, 2**31 - 1)
     if params.max_tokens is not None:
         _integer("max_tokens", params.max_tokens, 1, 2**31 - 1)
-    if params.logprobs is not None:
-        _integer("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            _integer(name, getattr(params, name), 0, MAX_LOGPROBS)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

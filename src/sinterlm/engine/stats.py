@@ -1,15 +1,34 @@
 """EngineStats: what the engine has done and holds, as one immutable snapshot.
 
-Plain data. Counters only ever grow while the engine lives; gauges describe the moment.
+Plain data. Counters only ever grow while the engine lives; gauges describe the moment. Between
+snapshots the counters live in ``Counters``, which whoever does the counted thing moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishKind = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What ``EngineStats`` counts, as it grows; each is explained there."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finished: dict[FinishKind, int] = field(
+        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
+    )
+    steps: int = 0
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +57,7 @@ class EngineStats:
     generation_tokens_total: int
     spec_draft_tokens: int  #: proposed by speculation
     spec_accepted_tokens: int  #: and kept
-    requests_finished: Mapping[FinishKind, int]
+    requests_finished: Mapping[FinishKind, int]  #: sequences; "error" = lost to a fault
     steps: int
     step_seconds_total: float  #: inside the native step
     ops: tuple[OpStats, ...] = ()  #: in the order they run
