@@ -66,6 +66,9 @@ def test_every_flag_reaches_its_field() -> None:
         "enable_auto_tool_choice": (None, True), "dev_mode": (None, True),
         "log_format": ("json", "json"), "log_file": ("l", Path("l")),
         "log_level": ("debug", "debug"), "log_prompts": (None, True), "access_log": (None, True),
+        "max_mixed_prefill_tokens": ("5", 5),
+        "enable_prefix_caching": (None, True), "num_speculative_tokens": ("6", 6),
+        "prompt_lookup_min": ("8", 8), "prompt_lookup_max": ("9", 9),
     }  # fmt: skip
     assert set(words) == set(HELP)
     line = ["m"]
@@ -82,6 +85,11 @@ def test_every_flag_reaches_its_field() -> None:
 def test_a_flag_of_several_texts_may_come_again() -> None:
     args = parser().parse_args(["m", "--api-key", "a", "--api-key", "b"])
     assert options_from(args, ServeOptions).api_key == ("a", "b")
+
+
+def test_what_is_on_by_default_can_be_turned_off() -> None:
+    args = parser().parse_args(["m", "--no-enable-prefix-caching"])
+    assert options_from(args, EngineOptions) == EngineOptions(enable_prefix_caching=False)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ class Ask:
 def make_asks(vocab_size: int, longest: int, seed: int) -> list[Ask]:
     """Twenty requests: greedy and sampled, short and long, with and without penalties and bias.
 
-    ``longest`` bounds prompt and answer together, in tokens.
+    ``longest`` bounds prompt and answer together, in tokens. Every other prompt begins as others
+    do, for up to half of ``longest``; some tell the logprobs of their prompt.
     """
     rng = np.random.default_rng(seed)
+    shared = rng.integers(0, vocab_size, longest // 2).tolist()
     asks = []
     for i in range(NUM_REQUESTS):
         answer = int(rng.integers(1, 25))
@@ -47,9 +49,44 @@ def make_asks(vocab_size: int, longest: int, seed: int) -> list[Ask]:
             max_tokens=answer,
             ignore_eos=True,
             logprobs=4,
+            prompt_logprobs=2 if i % 5 == 2 else None,
         )
-        asks.append(Ask(rng.integers(0, vocab_size, length).tolist(), params))
+        prompt = rng.integers(0, vocab_size, length).tolist()
+        if i % 2:
+            common = min(length - 1, len(shared))
+            prompt[:common] = shared[:common]
+        asks.append(Ask(prompt, params))
     return asks
+
+
+def make_repetitive_asks() -> list[Ask]:
+    """Six requests that draw from three tokens, so that what was drawn before is drawn again."""
+    return [
+        Ask(
+            [7, 8, 9, 7, 8, 9, 7, 8, 9],
+            SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                frequency_penalty=penalty,
+                logit_bias=dict.fromkeys((7, 8, 9), 50.0),
+                min_tokens=5,
+                stop_token_ids=[11],
+                seed=i,
+                max_tokens=60,
+                logprobs=3,
+            ),
+        )
+        for i, (temperature, top_k, penalty) in enumerate(
+            [
+                (0.0, 0, 0.0),
+                (1.0, 0, 0.0),
+                (0.7, 3, 0.0),
+                (0.0, 0, 0.4),
+                (1.0, 0, 0.2),
+                (0.3, 2, 0.0),
+            ]
+        )
+    ]
 
 
 def fingerprint(output: RequestOutput) -> bytes:
@@ -57,7 +94,8 @@ def fingerprint(output: RequestOutput) -> bytes:
     completion = output.outputs[0]
     assert completion.logprobs is not None
     parts = [np.array(completion.token_ids, np.int32).tobytes()]
-    for step in completion.logprobs:
+    prompt = [entry for entry in output.prompt_logprobs or [] if entry is not None]
+    for step in prompt + completion.logprobs:
         ids = sorted(step)
         parts.append(np.array(ids, np.int32).tobytes())
         parts.append(np.array([step[i].logprob for i in ids], np.float32).tobytes())

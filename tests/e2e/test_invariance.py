@@ -1,7 +1,8 @@
 """A request's tokens and logprobs do not depend on what runs beside it, bit for bit.
 
-Whatever the order of arrival, the chunking of prefills, the page size, preemptions, and the number
-of threads. A library whose sums are ordered differently at one row than at many must be caught.
+Whatever the order of arrival, the chunking of prefills, the page size, preemptions, pages shared
+with others, guesses, and the number of threads. A library whose sums are ordered differently at one
+row than at many must be caught.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from sinterlm import LLM
 from tests.e2e.damage import edit_config
-from tests.e2e.replay import NUM_REQUESTS, Ask, alone, make_asks, replay
+from tests.e2e.replay import NUM_REQUESTS, Ask, alone, make_asks, make_repetitive_asks, replay
 from tests.e2e.support import MODELS, copy_model
 
 #: One with yarn rope, 7 heads per KV head and biases; one with a window and head_dim 80.
@@ -41,6 +42,9 @@ schedules = st.fixed_dictionaries(
             st.one_of(st.just(0), st.integers(0, 60)), min_size=NUM_REQUESTS, max_size=NUM_REQUESTS
         ),
         "max_num_batched_tokens": st.sampled_from([24, 33, 64, 200, 512]),
+        "max_mixed_prefill_tokens": st.sampled_from([16, 50, 512]),
+        "enable_prefix_caching": st.booleans(),
+        "num_speculative_tokens": st.sampled_from([0, 3]),
         "max_num_seqs": st.sampled_from([2, 5, 20]),
         "block_size": st.sampled_from([16, 32, 64]),
         "num_threads": st.sampled_from([1, 2, 3, 7, 16]),
@@ -92,7 +96,7 @@ def references(folders: dict[str, Path], cache_dir: Path) -> References:
         asks = make_asks(config["vocab_size"], LONGEST, seed=5)
         with LLM(
             folders[model], dtype="bf16", cache_dir=cache_dir, num_threads=1,
-            kv_cache_memory_bytes=8 << 20,
+            kv_cache_memory_bytes=8 << 20, enable_prefix_caching=False,
         ) as llm:  # fmt: skip
             out[model] = asks, alone(llm, asks)
     return out
@@ -105,6 +109,8 @@ def test_alone_twice_is_the_same(
     asks, expected = references[model]
     with LLM(folders[model], dtype="bf16", cache_dir=cache_dir, num_threads=2) as llm:
         assert alone(llm, asks) == expected
+        assert llm._engine.stats().prefix_cache_hits > 0
+        assert alone(llm, asks) == expected, "every prompt found in the cache"
     assert len(set(expected)) == NUM_REQUESTS, "twenty different requests"
 
 
@@ -121,9 +127,33 @@ def test_any_schedule_gives_the_bytes_of_running_alone(
     asks, expected = references[model]
     with _open(model, folders, cache_dir, schedule) as llm:
         got = replay(llm._engine, asks, schedule["arrivals"])  # type: ignore[arg-type]
-        event(f"preempted: {llm._engine.stats().num_preemptions > 0}")
+        stats = llm._engine.stats()
+    event(f"preempted: {stats.num_preemptions > 0}")
+    event(f"found in the cache: {stats.prefix_cache_hits > 0}")
+    event(f"guessed right: {stats.spec_accepted_tokens > 0}")
+    assert (stats.prefix_cache_hits > 0) <= bool(schedule["enable_prefix_caching"])
     wrong = [i for i in range(NUM_REQUESTS) if got[i] != expected[i]]
     assert not wrong, f"requests {wrong} changed under {schedule}"
+
+
+@pytest.mark.parametrize("model", MODELS_REPLAYED)
+def test_right_guesses_change_nothing(
+    model: str, folders: dict[str, Path], cache_dir: Path
+) -> None:
+    """Answers that repeat themselves and their prompt: greedy, sampled, and with penalties."""
+    asks = make_repetitive_asks()
+    options = {"dtype": "bf16", "cache_dir": cache_dir, "kv_cache_memory_bytes": 8 << 20}
+    with LLM(folders[model], num_threads=1, **options) as llm:  # type: ignore[arg-type]
+        expected = alone(llm, asks)
+    for width in (1, 4, 9):
+        with LLM(
+            folders[model], num_threads=2, num_speculative_tokens=width, prompt_lookup_min=1,
+            **options,  # type: ignore[arg-type]
+        ) as llm:  # fmt: skip
+            assert replay(llm._engine, asks, [0, 3, 5, 0, 7, 0]) == expected
+            stats = llm._engine.stats()
+        assert 0 < stats.spec_accepted_tokens < stats.spec_draft_tokens
+        assert stats.steps < sum(ask.params.max_tokens or 0 for ask in asks)
 
 
 def test_tiny_pool_preempts(

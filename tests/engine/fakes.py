@@ -47,7 +47,7 @@ class FakeModel:
     def __init__(self, num_pages: int, page_tokens: int, vocab_size: int = 97) -> None:
         self.vocab_size = vocab_size
         self.closed = False
-        self.num_steps = 0
+        self.num_steps = self.num_tokens = 0
         self.most_seqs = self.most_tokens = 0
         self.fail_at: dict[int, BaseException] = {}
         self.alloc_kv(num_pages, page_tokens)
@@ -63,6 +63,7 @@ class FakeModel:
         self.num_steps += 1
         if self.num_steps in self.fail_at:
             raise self.fail_at.pop(self.num_steps)
+        self.num_tokens += batch.num_tokens
         self.most_seqs = max(self.most_seqs, batch.num_seqs)
         self.most_tokens = max(self.most_tokens, batch.num_tokens)
         self._check(batch)

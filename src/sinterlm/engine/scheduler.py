@@ -39,6 +39,11 @@ class _Plan:
     chunks: dict[Request, Chunk] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether anything can be added."""
+        return self.num_tokens > 0 and self.num_rows > 0
+
     def put(self, chunk: Chunk) -> None:
         """Add the chunk of a request, or put it in the place of its earlier one."""
         self._count(self.chunks.get(chunk.request), 1)
@@ -148,7 +153,7 @@ class Scheduler:
     def _plan_decodes(self, plan: _Plan) -> None:
         """One token for everything that decodes, in order; makes room for those that grow."""
         for request in [r for r in self._running if r.num_uncomputed == 1]:
-            if plan.num_tokens == 0 or plan.num_rows == 0:
+            if not plan.has_room:
                 break
             if request.status is not Status.RUNNING:
                 continue  # lost its pages to an earlier one in this very step
@@ -224,12 +229,11 @@ class Scheduler:
         need not wait for a long one, which takes at most 4/3 as long. What they leave it gets back.
         """
         running = deque(r for r in self._running if r not in plan.chunks)
-        left = plan.num_tokens
-        if plan.chunks:
-            left = min(left, self.limits.max_mixed_prefill_tokens)
+        most = self.limits.max_num_batched_tokens
+        left = self.limits.max_mixed_prefill_tokens if plan.chunks else most
         may_start = not plan.preempted  # else pages are short, and belong to those who run
         planned = []
-        while left > 0 and plan.num_rows > 0:
+        while left > 0 and (plan.has_room or (may_start and self._is_outranked())):
             if may_start and self._goes_first(running):
                 request = self._waiting[0]
                 if request in plan.preempted or not self._start(request, plan):
@@ -243,14 +247,14 @@ class Scheduler:
             else:
                 break
             others = bool(running) or (may_start and bool(self._waiting))
-            chunk = fit_chunk(request, _share(left, others), _share(plan.num_rows, others))
+            chunk = _prefill_chunk(request, min(left, plan.num_tokens), plan.num_rows, others)
             if chunk is not None:
                 left -= self._put_prefill(chunk, plan)
                 planned.append(request)
         for request in planned:
-            chunk = plan.chunks[request]
-            if left > 0 and chunk.num_tokens < request.num_uncomputed:
-                more = fit_chunk(request, chunk.num_tokens + left, plan.num_rows + chunk.num_rows)
+            chunk, room = plan.chunks[request], min(left, plan.num_tokens)
+            if room > 0 and chunk.num_tokens < request.num_uncomputed:
+                more = fit_chunk(request, chunk.num_tokens + room, plan.num_rows + chunk.num_rows)
                 assert more is not None
                 left -= self._put_prefill(more, plan) - chunk.num_tokens
 
@@ -265,6 +269,12 @@ class Scheduler:
         if not self._waiting:
             return False
         return not running or self._waiting[0].order < running[0].order
+
+    def _is_outranked(self) -> bool:
+        """Whether something runs that has to give way to the first that waits."""
+        if not self._waiting or not self._running:
+            return False
+        return self._waiting[0].group.priority < self._running[-1].group.priority
 
     def _start(self, request: Request, plan: _Plan) -> bool:
         """Give the first waiting request a seat and pages for all its known tokens at once, so that
@@ -326,6 +336,10 @@ class Scheduler:
         )
 
 
-def _share(room: int, others: bool) -> int:
-    """What one prefill may take of the room at most."""
-    return room - room // 4 if others else room
+def _prefill_chunk(request: Request, num_tokens: int, num_rows: int, others: bool) -> Chunk | None:
+    """The next chunk of a prompt: all of the room, or three quarters if it is not done then and
+    there are others."""
+    chunk = fit_chunk(request, num_tokens, num_rows)
+    if chunk is None or chunk.samples or not others:
+        return chunk
+    return fit_chunk(request, num_tokens - num_tokens // 4, num_rows - num_rows // 4)
