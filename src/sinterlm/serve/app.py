@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable
+from functools import cached_property
 
 import msgspec
 from starlette.applications import Starlette
@@ -51,7 +52,7 @@ def build_app(
         _get("/health", probes.health),
         _get("/ready", probes.ready),
         _get("/version", probes.version),
-        _get("/openapi.json", _Document(openapi_document(dev_mode=options.dev_mode))),
+        _get("/openapi.json", _Document(dev_mode=options.dev_mode)),
         _get("/metrics", probes.metrics),
         *page_routes(context),
     ]
@@ -69,10 +70,14 @@ def build_app(
 
 
 class _Document:
-    """Answers with one JSON document, encoded once."""
+    """Answers with the OpenAPI document, made when it is first asked for."""
 
-    def __init__(self, document: object) -> None:
-        self._body = msgspec.json.encode(document)
+    def __init__(self, *, dev_mode: bool) -> None:
+        self._dev_mode = dev_mode
+
+    @cached_property
+    def _body(self) -> bytes:
+        return msgspec.json.encode(openapi_document(dev_mode=self._dev_mode))
 
     async def __call__(self, request: Request) -> Response:
         return Response(self._body, media_type="application/json")

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 import msgspec
 
 from sinterlm.serve.errors import ApiError, bad_request
-from sinterlm.serve.protocol.fields import refuse_unsupported, rules_of
+from sinterlm.serve.protocol.fields import described, refuse_unsupported, rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class BodyDecoder(Generic[T]):
 
     def __init__(self, kind: type[T], *, unknown_fields: Literal["error", "warn"]) -> None:
         self._kind = kind
-        self._info = msgspec.inspect.type_info(kind)
+        self._info = described(kind)
         self._rules = rules_of(kind)
         self._lenient = unknown_fields == "warn"
 

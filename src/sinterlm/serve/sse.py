@@ -14,7 +14,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sinterlm.serve.errors import from_exception
+from sinterlm.serve.errors import ApiError, from_exception
 
 T = TypeVar("T")
 
@@ -60,17 +60,14 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
-        try:
-            async for event in self._events:
+        async for event in _ended_by_error(self._events):
+            if isinstance(event, ApiError):
                 if not begun:
-                    begun = True
-                    await self._begin(send)
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        except Exception as exc:
-            error = from_exception(exc)
+                    raise event
+                event = b"data: " + event.encoded() + b"\n\n"
             if not begun:
-                raise error from exc
-            event = b"data: " + error.encoded() + b"\n\n"
+                begun = True
+                await self._begin(send)
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
@@ -78,6 +75,15 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
+
+
+async def _ended_by_error(events: AsyncIterator[bytes]) -> AsyncIterator[bytes | ApiError]:
+    """``events``; what they raise is the last item. What sending raises is another matter."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as exc:
+        yield from_exception(exc)
 
 
 async def while_connected(work: Awaitable[T], receive: Receive, cancel: Callable[[], None]) -> T:
