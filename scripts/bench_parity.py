@@ -63,15 +63,15 @@ def wait_for(url: str, child: subprocess.Popen[bytes]) -> None:
 
 def measure(client: list[str], url: str, tokenizer: str, concurrency: int, count: int,
             folder: Path) -> dict[str, Any]:  # fmt: skip
-    """One run of one client; its result file."""
+    """One run of one client; its result file. Warm-ups open every connection beforehand."""
     name = f"{Path(client[0]).name}-{concurrency}.json"
     command = [
         *client, "bench", "serve", "--backend", "openai", "--base-url", url, "--model", tokenizer,
         "--tokenizer", tokenizer, "--dataset-name", "random", "--random-input-len", "16",
         "--random-output-len", "32", "--num-prompts", str(count), "--max-concurrency",
-        str(concurrency), "--num-warmups", "1", "--percentile-metrics", "ttft,tpot,itl,e2el",
-        "--save-result", "--result-dir", str(folder), "--result-filename", name, "--temperature",
-        "0", "--request-id-prefix", "bench-parity-",
+        str(concurrency), "--num-warmups", str(concurrency), "--percentile-metrics",
+        "ttft,tpot,itl,e2el", "--save-result", "--result-dir", str(folder), "--result-filename",
+        name, "--temperature", "0", "--request-id-prefix", "bench-parity-",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -94,7 +94,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str,
 
 def compare(args: argparse.Namespace, concurrency: int, folder: Path) -> bool:
     """Whether the two agree at ``concurrency``; prints what was found."""
-    count = max(16, 4 * concurrency)
+    count = max(32, 6 * concurrency)
     script = folder / f"plans-{concurrency}.json"
     script.write_text(json.dumps(plans(count, concurrency)))
     for attempt in range(1, args.attempts + 1):

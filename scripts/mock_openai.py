@@ -95,6 +95,9 @@ class Server:
         stamps = self.sent[name] = [arrival]
         if plan.fault == "http":
             return web.Response(status=503, text="overloaded", reason="Service Unavailable")
+        if not body.get("stream"):
+            choice = {"index": 0, "text": " word" * plan.num_tokens, "finish_reason": "length"}
+            return web.json_response({"id": "x", "model": "mock", "choices": [choice]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         is_chat = request.path.endswith("chat/completions")

@@ -10,6 +10,8 @@ _BENCHMARKS: dict[str, str] = {
     "serve": "load an OpenAI-compatible server and measure what its users would see",
     "recompute": "the statistics of a `bench serve` run once more, from its raw timestamps",
     "make-checkpoint": "one set of weights in every engine's file format",
+    "setup": "install a peer into an environment of its own",
+    "sweep": "measure every engine at every batch size, round after round",
     "throughput": "offline throughput of equal requests",
     "kernels": "each fused op and the budget of a step",
     "startup": "process start to first token, cold and warm",
