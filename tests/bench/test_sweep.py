@@ -128,6 +128,18 @@ def test_an_engine_that_dies_under_load(weights: Path, tmp_path: Path, no_probe:
         assert "killed by the test" in (point.failure or "")
 
 
+def test_time_is_up(
+    weights: Path, tmp_path: Path, no_probe: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = ["--engine", f"one={MOCK}", "--no-cold", "--no-again", "--rounds", "1"]
+    assert sweep(weights, output, *words, "--time-limit", "0") == 0
+    assert "time is up" in capsys.readouterr().err
+    assert SweepStore(output).points() == []
+    assert sweep(weights, output, *words) == 0
+    assert len(SweepStore(output).points()) == 2
+
+
 def test_a_broken_line_is_measured_again(tmp_path: Path) -> None:
     store = SweepStore(tmp_path)
     store.add(Point(0, "a", "default", 1, "x"))

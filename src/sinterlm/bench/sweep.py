@@ -6,7 +6,9 @@ Interrupted, it keeps all points it has; the same command goes on from there.
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,17 +54,30 @@ class Sweep:
     tell: Tell
     start_timeout_s: float = 900.0
     retries_failed: bool = False
+    deadline: float = math.inf  #: of ``time.monotonic``: no point begins after it
 
-    def run(self) -> None:
-        """All launches that are not done yet. Raises KeyboardInterrupt, ResourceError."""
+    def run(self) -> bool:
+        """All launches that are not done yet; False where the time did not suffice.
+
+        Raises KeyboardInterrupt, ResourceError.
+        """
         save_or_check(self.plan, self.store.folder)
         variants = {name: [v.name for v in e.variants] for name, e in self.engines.items()}
-        for spec in side_launches(self.plan, variants):
+        side = side_launches(self.plan, variants)
+        for spec in side:
             self._launch(spec)
         best = self.best_variants()
-        for number in range(self.plan.rounds):
-            for spec in round_launches(self.plan, number, best):
-                self._launch(spec)
+        rounds = [
+            spec
+            for number in range(self.plan.rounds)
+            for spec in round_launches(self.plan, number, best)
+        ]
+        for spec in rounds:
+            self._launch(spec)
+        return not any(self._todo(spec) for spec in [*side, *rounds])
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self.deadline
 
     def best_variants(self) -> dict[str, dict[int, str]]:
         """Engine -> batch size -> the flag set of most output tokens/s when all were tried."""
@@ -89,6 +104,8 @@ class Sweep:
 
     def _launch(self, spec: LaunchSpec) -> None:
         todo = self._todo(spec)
+        if self._is_late():
+            return
         if not todo and not (spec.round_number == COLD and not self._was_launched(spec)):
             return
         self.tell(f"{spec.key}: starting")
@@ -113,7 +130,7 @@ class Sweep:
         pending = list(todo)
         try:
             with serving(launch, port, log, self.start_timeout_s) as server:
-                while pending:
+                while pending and not self._is_late():
                     self.store.add(self._point(spec, server, pending[0]))
                     pending.pop(0)
                 self.store.add(_facts(spec, launch, peaks, server))
@@ -161,6 +178,8 @@ class Sweep:
     ) -> None:  # fmt: skip
         """Each batch size is a process of its own."""
         for size in todo:
+            if self._is_late():
+                return
             self.tell(f"{spec.key}: batch size {size}, offline")
             base = Point(spec.round_number, spec.arm, spec.variant, size, None)
             log = self.store.folder / "logs" / f"{spec.key}-b{size}.log"

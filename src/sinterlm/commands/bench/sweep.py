@@ -6,7 +6,9 @@ A folder holds a sweep. Interrupted or broken off, the same command goes on from
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tune", action="store_true", help="try the flag grid of the peers first")
     group.add_argument("--no-cold", action="store_true", help="no start with empty caches")
     group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
+    group.add_argument("--time-limit", type=float, metavar="MIN",
+                       help="stop after so many minutes; the same command goes on")  # fmt: skip
     group.add_argument("--start-timeout", type=float, default=900.0, metavar="S")
 
 
@@ -81,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     write_facts(args.output, engines, ["sinterlm", *sys.argv[1:]])
     tokenizer = tokenizer_of(str(weights.hf))
+    deadline = math.inf
+    if args.time_limit is not None:
+        deadline = time.monotonic() + 60 * args.time_limit
     with telling() as tell:
-        Sweep(plan, engines, weights, tokenizer, store, _Prober(str(weights.hf)).probe, tell,
-              args.start_timeout, args.retry_failed).run()  # fmt: skip
+        done = Sweep(plan, engines, weights, tokenizer, store, _Prober(str(weights.hf)).probe,
+                     tell, args.start_timeout, args.retry_failed, deadline).run()  # fmt: skip
     failed = [point for point in store.points() if point.failure is not None]
     for point in failed:
         where = f"{point.arm} ({point.variant}), batch size {point.batch_size}"
         print(f"sinterlm: failed: {where}: {point.failure}", file=sys.stderr)
+    if not done:
+        print("time is up; the same command goes on from here", file=sys.stderr)
     print(f"{len(store.points())} points, {len(failed)} failed; now: sinterlm bench report "
           f"{args.output}")  # fmt: skip
     return 1 if failed else 0
