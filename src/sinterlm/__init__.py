@@ -12,14 +12,23 @@ if TYPE_CHECKING:
     from sinterlm.engine.llm import LLM
     from sinterlm.engine.outputs import CompletionOutput, RequestOutput
     from sinterlm.engine.sampling import SamplingParams
+    from sinterlm.engine.structured import StructuredOutputs
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "sinterlm.engine.llm",
     "SamplingParams": "sinterlm.engine.sampling",
+    "StructuredOutputs": "sinterlm.engine.structured",
     "RequestOutput": "sinterlm.engine.outputs",
     "CompletionOutput": "sinterlm.engine.outputs",
 }

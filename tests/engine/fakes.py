@@ -35,9 +35,12 @@ def ranking(history: Sequence[int], vocab_size: int, row: RowSampling | None) ->
 
 
 def draw(history: Sequence[int], vocab_size: int, row: RowSampling) -> int:
-    """The best token that the bias does not forbid, favouring what it raises."""
+    """The best token that mask and bias do not forbid, favouring what the bias raises."""
     bias = dict(zip(row.bias_ids.tolist(), row.bias.tolist(), strict=True))
     order = ranking(history, vocab_size, row)
+    if row.allowed is not None:
+        allowed = np.unpackbits(row.allowed.view(np.uint8), bitorder="little")
+        order = [token for token in order if allowed[token]]
     return max(order, key=lambda t: (bias.get(t, 0.0), -order.index(t)))
 
 

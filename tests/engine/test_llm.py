@@ -8,59 +8,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sinterlm.artifact.manifest import ModelShape
 from sinterlm.artifact.text import TextAssets
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import BundleError, PromptError, ResourceError, UsageError
-from sinterlm.options import EngineOptions
+from tests.engine.fake_bundle import OPTIONS, FakeBundle, load, open_fake
 from tests.engine.fakes import FakeModel
 from tests.engine.texts import BOS, chat_assets, token_id, vocab_size
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
-OPTIONS = EngineOptions(
-    max_num_seqs=4, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 20, block_size=16
-)
-
-
-@dataclass(frozen=True)
-class FakeBundle:
-    """What LLM reads of a bundle."""
-
-    assets: TextAssets
-    max_model_len: int = 128
-    has_weights: bool = True
-
-    @property
-    def manifest(self) -> Any:
-        shape = ModelShape("Llama", vocab_size(), 8, 1, 1, 1, 8, 16)
-        return SimpleNamespace(
-            shape=shape, dtype="fp32", max_model_len=self.max_model_len,
-            weights=SimpleNamespace(nbytes=1000) if self.has_weights else None,
-            activation_bytes_per_token=64, activation_bytes_per_row=64,
-        )  # fmt: skip
-
-    def text(self) -> TextAssets:
-        return self.assets
-
-
-def open_fake(bundle: FakeBundle, **sizes: Any) -> FakeModel:
-    assert set(sizes) == {
-        "num_threads", "cpu_ids", "max_tokens", "max_seqs", "max_sample_rows", "max_model_len",
-    }  # fmt: skip
-    return FakeModel(1, 16, bundle.manifest.shape.vocab_size)
-
-
-def load(assets: TextAssets | None = None, options: EngineOptions = OPTIONS) -> LLM:
-    bundle: Any = FakeBundle(assets or chat_assets(add_bos_token=True))
-    return LLM.from_bundle(bundle, options, open_model=open_fake)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.stats import EngineStats
 from sinterlm.engine.text_stream import TextStream
 from sinterlm.engine.tokenizer import Tokenizer
-from sinterlm.serve.bridge import AbortReason, Submission
+from sinterlm.serve.bridge import Submission
+from sinterlm.serve.stream import AbortReason
 
 Script = Callable[[Submission, int], str]
 

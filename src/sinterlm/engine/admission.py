@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinterlm.engine.booking import keep_drawable
+from sinterlm.engine.constraints import Grammars
 from sinterlm.engine.prefix import root_digest
 from sinterlm.engine.request import Request, RequestGroup, TokenBuffer
 from sinterlm.engine.sampling import SamplingParams
@@ -123,6 +125,23 @@ def make_group(
             )
         )
     return group
+
+
+def constrain(group: RequestGroup, grammars: Grammars) -> None:
+    """Give every sequence of a group its constraint, if one was asked for.
+
+    Raises UsageError for a schema, regex or grammar that cannot be used.
+    """
+    wanted = group.params.structured_outputs
+    if wanted is None:
+        return
+    for request in group.requests:
+        constraint = grammars.constraint(wanted, ignore_eos=group.params.ignore_eos)
+        request.constraint = constraint
+        for row in (request.row, request.row_after_min_tokens):
+            if row is not None:
+                row.allowed = constraint.mask
+        keep_drawable(request)
 
 
 def _check_place(priority: object, deadline: object, cache_salt: object) -> None:

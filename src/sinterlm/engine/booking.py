@@ -58,8 +58,8 @@ def book_token(request: Request, token_id: int) -> Ending | None:
     request.tokens.append(token_id)
     params = request.group.params
     may_stop = request.num_output >= params.min_tokens
-    if may_stop and request.row_after_min_tokens is not None:
-        request.row, request.row_after_min_tokens = request.row_after_min_tokens, None
+    if may_stop:
+        request.skip_min_tokens()
     if token_id in request.stop_token_ids:
         if request.text is not None and params.include_stop_str_in_output:
             request.text.push(token_id, may_stop=False)
@@ -69,9 +69,21 @@ def book_token(request: Request, token_id: int) -> Ending | None:
         stop = request.text.push(token_id, may_stop=may_stop)
         if stop is not None:
             return Ending("stop", stop)
+    if request.constraint is not None and request.constraint.advance(token_id):
+        failure = request.constraint.failure
+        return Ending("stop") if failure is None else Ending("error", failure)
     if request.num_tokens >= request.max_total_tokens:
         return Ending("length")
+    keep_drawable(request)
     return None
+
+
+def keep_drawable(request: Request) -> None:
+    """Give min_tokens up where the grammar allows nothing but what it bars."""
+    if request.row_after_min_tokens is None or request.constraint is None:
+        return
+    if not request.constraint.allows_beside(request.stop_token_ids):
+        request.skip_min_tokens()
 
 
 def completion(request: Request) -> CompletionOutput:

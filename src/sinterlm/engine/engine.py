@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sinterlm.engine.admission import Limits, make_group
+from sinterlm.engine.admission import Limits, constrain, make_group
 from sinterlm.engine.batching import BatchBuilder, logits_batch
 from sinterlm.engine.booking import (
     Ending,
@@ -21,6 +21,7 @@ from sinterlm.engine.booking import (
     book_token,
     completion,
 )
+from sinterlm.engine.constraints import Grammars
 from sinterlm.engine.deadlines import Deadlines
 from sinterlm.engine.outputs import Delta, RequestOutput, TokenLogprobs
 from sinterlm.engine.pages import PagePool
@@ -69,6 +70,7 @@ class Engine:
         self.limits = limits
         self.step_limits = step_limits
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer, limits.vocab_size)
         self._model = model
         self._num_pages, self._page_tokens = num_pages, page_tokens
         self._prefix_caching, self._proposer = prefix_caching, proposer
@@ -153,6 +155,7 @@ class Engine:
         )
         first = group.requests[0]
         self.scheduler.check_fits(first.tokens.num_prompt, first.max_total_tokens)
+        constrain(group, self.grammars)
         self._num_requests += len(group.requests)
         return group
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+#: "error": the sequence could not be carried on, and ``stop_reason`` says why
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None  #: None unless asked for
     cumulative_logprob: float | None  #: sum over token_ids; None unless logprobs were asked for
     finish_reason: FinishReason
-    #: The stop token id or stop string, or "deadline"; None for eos and length
+    #: The stop token id or stop string, "deadline", or what the error is; None for eos and length
     stop_reason: int | str | None
 
 

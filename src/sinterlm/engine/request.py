@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from sinterlm.engine.outputs import (
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.text_stream import TextStream
 from sinterlm.runtime.batch import Int32, RowSampling
+
+if TYPE_CHECKING:
+    from sinterlm.engine.constraints import Constraint
 
 
 class Status(enum.Enum):
@@ -90,6 +94,7 @@ class Request:
     row_after_min_tokens: RowSampling | None  #: takes over from ``row`` once min_tokens is reached
     stop_token_ids: frozenset[int]  #: eos ids included, unless ignored
     text: TextStream | None  #: None without a tokenizer or with detokenize=False
+    constraint: Constraint | None = None  #: its mask is both rows' ``allowed``
     status: Status = Status.WAITING
     num_computed: int = 0  #: tokens whose KV is in the cache
     pages: list[int] = field(default_factory=list)
@@ -127,6 +132,11 @@ class Request:
         if self.prompt_logprobs is None:
             return range(0)
         return range(len(self.prompt_logprobs) - 1, self.tokens.num_prompt - 1)
+
+    def skip_min_tokens(self) -> None:
+        """Let the sequence end from now on."""
+        if self.row_after_min_tokens is not None:
+            self.row, self.row_after_min_tokens = self.row_after_min_tokens, None
 
     @property
     def can_draft(self) -> bool:

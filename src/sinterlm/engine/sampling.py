@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sinterlm.engine.structured import StructuredOutputs
 from sinterlm.errors import UsageError
 
 MAX_LOGPROBS = 20  #: most alternatives per token, as in vLLM and the OpenAI protocol
@@ -51,6 +52,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  #: token id -> added to its raw logit
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputs | None = None  #: what the text must look like
     detokenize: bool = True  #: False leaves ``text`` empty; stop strings then cannot be used
 
     def __post_init__(self) -> None:
@@ -68,6 +70,17 @@ class SamplingParams:
             raise _bad("min_tokens", self.min_tokens, f"exceeds max_tokens={self.max_tokens}")
         if self.stop and not self.detokenize:
             raise _bad("stop", self.stop, "needs detokenize=True")
+        self._check_structured()
+
+    def _check_structured(self) -> None:
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise _bad("structured_outputs", self.structured_outputs, "is no StructuredOutputs")
+        # The text may need the token; a large negative number says "unless it must be".
+        if self.structured_outputs is not None and -math.inf in (self.logit_bias or {}).values():
+            raise UsageError(
+                "logit_bias of -inf contradicts structured_outputs, which may leave no other "
+                "token; use -100"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

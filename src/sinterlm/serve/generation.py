@@ -16,10 +16,11 @@ from sinterlm.engine.outputs import Delta, RequestOutput
 from sinterlm.engine.prompts import Prompt
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import SinterError
-from sinterlm.serve.bridge import Stream, Submission
+from sinterlm.serve.bridge import Submission
 from sinterlm.serve.context import Context
 from sinterlm.serve.errors import ApiError, draining, from_exception, timed_out
 from sinterlm.serve.journal import RequestRecord
+from sinterlm.serve.stream import Stream
 
 
 @dataclass(frozen=True)
