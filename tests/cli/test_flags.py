@@ -66,7 +66,7 @@ def test_every_flag_reaches_its_field() -> None:
         "enable_auto_tool_choice": (None, True), "dev_mode": (None, True),
         "log_format": ("json", "json"), "log_file": ("l", Path("l")),
         "log_level": ("debug", "debug"), "log_prompts": (None, True), "access_log": (None, True),
-        "max_mixed_prefill_tokens": ("5", 5),
+        "max_mixed_prefill_tokens": ("5", 5), "num_scheduler_steps": ("3", 3),
         "enable_prefix_caching": (None, True), "num_speculative_tokens": ("6", 6),
         "prompt_lookup_min": ("8", 8), "prompt_lookup_max": ("9", 9),
     }  # fmt: skip

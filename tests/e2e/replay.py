@@ -119,7 +119,7 @@ def replay(engine: Engine, asks: Sequence[Ask], arrivals: Sequence[int]) -> list
         while waiting and (arrivals[waiting[0]] <= step or not engine.has_unfinished):
             i = waiting.pop(0)
             engine.add_request(str(i), asks[i].prompt, asks[i].params)
-        for delta in engine.step():
+        for delta in engine.step(may_repeat=not waiting):
             if delta.output is not None:
                 prints[delta.request_id] = fingerprint(delta.output)
         step += 1

@@ -45,6 +45,7 @@ schedules = st.fixed_dictionaries(
         "max_mixed_prefill_tokens": st.sampled_from([16, 50, 512]),
         "enable_prefix_caching": st.booleans(),
         "num_speculative_tokens": st.sampled_from([0, 3]),
+        "num_scheduler_steps": st.sampled_from([1, 3, 8]),
         "max_num_seqs": st.sampled_from([2, 5, 20]),
         "block_size": st.sampled_from([16, 32, 64]),
         "num_threads": st.sampled_from([1, 2, 3, 7, 16]),
@@ -96,7 +97,7 @@ def references(folders: dict[str, Path], cache_dir: Path) -> References:
         asks = make_asks(config["vocab_size"], LONGEST, seed=5)
         with LLM(
             folders[model], dtype="bf16", cache_dir=cache_dir, num_threads=1,
-            kv_cache_memory_bytes=8 << 20, enable_prefix_caching=False,
+            kv_cache_memory_bytes=8 << 20, enable_prefix_caching=False, num_scheduler_steps=1,
         ) as llm:  # fmt: skip
             out[model] = asks, alone(llm, asks)
     return out

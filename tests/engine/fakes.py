@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class FakeModel:
     def __init__(self, num_pages: int, page_tokens: int, vocab_size: int = 97) -> None:
         self.vocab_size = vocab_size
         self.closed = False
-        self.num_steps = self.num_tokens = 0
+        self.num_steps = self.num_tokens = self.num_repeats = 0
         self.most_seqs = self.most_tokens = 0
         self.fail_at: dict[int, BaseException] = {}
         self.alloc_kv(num_pages, page_tokens)
@@ -79,6 +80,27 @@ class FakeModel:
             assert row.position == len(history)
             tokens.append(draw(history, self.vocab_size, row))
         return self._result(tokens, histories, batch, None)
+
+    def decode(self, batch: StepBatch, num_steps: int) -> list[StepResult]:
+        assert not batch.want_logits and num_steps > 1
+        assert batch.num_tokens == batch.num_seqs == len(batch.sample_rows)
+        self.num_repeats += 1
+        results: list[StepResult] = []
+        while len(results) < num_steps:
+            result = self.step(batch)
+            results.append(result)
+            rows = [replace(row, position=row.position + 1) for row in batch.sampling]
+            pairs = zip(rows, result.tokens.tolist(), strict=True)
+            if any(token in row.stop_tokens for row, token in pairs):
+                break
+            batch = replace(
+                batch,
+                token_ids=result.tokens,
+                positions=batch.positions + 1,
+                context_lens=batch.context_lens + 1,
+                sampling=tuple(rows),
+            )
+        return results
 
     def _check(self, batch: StepBatch) -> None:
         assert batch.query_start[0] == 0 and batch.query_start[-1] == batch.num_tokens
@@ -161,6 +183,7 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     max_sample_rows: int | None = None,
     max_mixed_prefill_tokens: int | None = None,
+    num_scheduler_steps: int = 1,
     prefix_caching: bool = True,
     num_speculative_tokens: int = 0,
     seed: int = 0,
@@ -177,6 +200,7 @@ def make_engine(
             max_num_batched_tokens=max_num_batched_tokens,
             max_sample_rows=max_sample_rows or max_num_seqs,
             max_mixed_prefill_tokens=max_mixed_prefill_tokens or max_num_batched_tokens,
+            num_scheduler_steps=num_scheduler_steps,
         ),
         num_pages=num_pages,
         page_tokens=page_tokens,

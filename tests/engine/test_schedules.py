@@ -96,9 +96,10 @@ def watch(engine: Engine) -> None:
     scheduler = engine.scheduler
     decide = scheduler.schedule
 
-    def schedule() -> Schedule:
+    def schedule(*, may_repeat: bool = False) -> Schedule:
         decoding = {r for r in scheduler._running if r.num_uncomputed == 1}
-        decided = decide()
+        decided = decide(may_repeat=may_repeat)
+        assert may_repeat or decided.num_steps == 1
         check_queues(engine, decided)
         check_room(engine, decided, decoding)
         check_pages(engine)
@@ -162,7 +163,7 @@ def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
             engine.add_request(
                 str(i), ask.prompt, ask.params, priority=ask.priority, cache_salt=ask.cache_salt
             )
-        deltas = engine.step()
+        deltas = engine.step(may_repeat=not pending)
         done |= {d.request_id: d.output for d in deltas if d.output is not None}
         step += 1
         assert step < 5000, "starved"
@@ -180,6 +181,7 @@ def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
     spare_rows=st.integers(0, 8),
     prefix_caching=st.booleans(),
     num_speculative_tokens=st.sampled_from([0, 0, 1, 4]),
+    num_scheduler_steps=st.sampled_from([1, 2, 5]),
 )
 def test_any_schedule_gives_the_tokens_of_running_alone(
     requests: list[Ask],
@@ -191,6 +193,7 @@ def test_any_schedule_gives_the_tokens_of_running_alone(
     spare_rows: int,
     prefix_caching: bool,
     num_speculative_tokens: int,
+    num_scheduler_steps: int,
 ) -> None:
     longest = max(len(a.prompt) + a.params.max_tokens - 1 for a in requests)
     engine = make_engine(
@@ -203,6 +206,7 @@ def test_any_schedule_gives_the_tokens_of_running_alone(
         max_sample_rows=max_num_seqs + spare_rows,
         prefix_caching=prefix_caching,
         num_speculative_tokens=num_speculative_tokens,
+        num_scheduler_steps=num_scheduler_steps,
     )
     outputs = replay(engine, requests)
     stats = engine.stats()
@@ -223,6 +227,7 @@ def test_any_schedule_gives_the_tokens_of_running_alone(
     event(f"preempted: {stats.num_preemptions > 0}")
     event(f"found in the cache: {stats.prefix_cache_hits > 0}")
     event(f"guessed right: {stats.spec_accepted_tokens > 0}")
+    event(f"several steps at once: {engine._model.num_repeats > 0}")
 
 
 def check_counters(engine: Engine, outputs: list[RequestOutput]) -> None:

@@ -84,10 +84,10 @@ class PhasedEngine(Engine):
         max_pages = -(-limits.max_model_len // page_tokens)
         self._builder = _PhasedBuilder(self.step_limits, max_pages, phases)
 
-    def step(self) -> list[Delta]:
+    def step(self, *, may_repeat: bool = False) -> list[Delta]:
         """Run one step, as ``Engine.step`` does."""
         start = time.perf_counter()
-        deltas = super().step()
+        deltas = super().step(may_repeat=may_repeat)
         self.phases.engine_s += time.perf_counter() - start
         return deltas
 
@@ -103,6 +103,12 @@ class _PhasedModel:
     def step(self, batch: StepBatch) -> StepResult:
         start = time.perf_counter()
         done = self._model.step(batch)
+        self._phases.book("step", start)
+        return done
+
+    def decode(self, batch: StepBatch, num_steps: int) -> list[StepResult]:
+        start = time.perf_counter()
+        done = self._model.decode(batch, num_steps)
         self._phases.book("step", start)
         return done
 
@@ -126,9 +132,9 @@ class _PhasedScheduler(Scheduler):
         super().__init__(pool, limits, counters, prefix_caching=False)
         self._phases = phases
 
-    def schedule(self) -> Schedule:
+    def schedule(self, *, may_repeat: bool = False) -> Schedule:
         start = time.perf_counter()
-        done = super().schedule()
+        done = super().schedule(may_repeat=may_repeat)
         self._phases.book("schedule", start)
         return done
 

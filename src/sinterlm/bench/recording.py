@@ -75,24 +75,26 @@ class RecordingModel(Model):
         finally:
             self._pretends = False
 
-    def step(self, batch: StepBatch) -> StepResult:
-        """Run one step, noting it. Raises as ``Model.step`` does."""
+    def decode(self, batch: StepBatch, num_steps: int) -> list[StepResult]:
+        """Run steps, noting each with an equal share of the call's time. Raises as ``Model.decode``
+        does; ``step`` is a call of one."""
         if self._pretends:
-            return _pretended(batch)
+            return [_pretended(batch)] * num_steps
         start = time.perf_counter()
-        result = super().step(batch)
-        end = time.perf_counter()
+        results = super().decode(batch, num_steps)
+        share = (time.perf_counter() - start) / len(results)
         if self._records is not None:
-            self._records.append(
+            self._records += [
                 StepRecord(
-                    start,
-                    end,
+                    start + i * share,
+                    start + (i + 1) * share,
                     batch.query_start.copy(),
-                    batch.context_lens.copy(),
+                    batch.context_lens + np.int32(i),
                     batch.sample_rows.copy(),
                 )
-            )
-        return result
+                for i in range(len(results))
+            ]
+        return results
 
     def op_counters(self) -> dict[str, tuple[int, int]]:
         """(calls, nanoseconds) of each kind of fused op since the library was loaded."""

@@ -189,6 +189,7 @@ def _rows(
     """How the first token is drawn, and, if min_tokens bars ending tokens at first, how later."""
     bias = dict(params.logit_bias or {})
     row = _row(params, prompt, seed, bias)
+    row.stop_tokens = np.array(sorted(ending), np.int32)
     if params.min_tokens == 0 or not ending:
         return row, None
     barred = bias | dict.fromkeys(sorted(ending), -math.inf)

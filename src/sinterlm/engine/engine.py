@@ -47,6 +47,10 @@ class StepModel(Protocol):
         """Run one step."""
         ...
 
+    def decode(self, batch: StepBatch, num_steps: int) -> list[StepResult]:
+        """Run up to so many steps, each on what the one before drew."""
+        ...
+
 
 class Engine:
     """Runs requests on a model whose KV cache has ``num_pages`` pages of ``page_tokens`` tokens.
@@ -169,17 +173,20 @@ class Engine:
         for request in group.requests:
             self.scheduler.add(request)
 
-    def step(self) -> list[Delta]:
+    def step(self, *, may_repeat: bool = False) -> list[Delta]:
         """Run one step of everything that fits in it; what it drew, one delta for each token.
 
+        With ``may_repeat`` several, where nobody can tell the difference but by the clock: for a
+        caller who adds and aborts nothing while requests run.
         First, whatever is past its deadline ends; with a delta too, which has no token. After an
         exception only ``reset`` may follow: pages were promised what was not computed.
         """
         self._lower_switch_interval()
         deltas = self._expire(time.perf_counter())
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(may_repeat=may_repeat)
         if schedule.chunks:
-            deltas += self._commit(schedule, self._run(schedule))
+            for result in self._run(schedule):
+                deltas += self._commit(schedule, result)
         return deltas
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
@@ -267,13 +274,16 @@ class Engine:
                     deltas.append(self._delta(request, (), None, now))
         return deltas
 
-    def _run(self, schedule: Schedule) -> StepResult:
+    def _run(self, schedule: Schedule) -> list[StepResult]:
         batch = self._builder.build(schedule)
         start = time.perf_counter()
-        result = self._model.step(batch)
+        if schedule.num_steps > 1:
+            results = self._model.decode(batch, schedule.num_steps)
+        else:
+            results = [self._model.step(batch)]
         self._counters.step_seconds += time.perf_counter() - start
-        self._counters.steps += 1
-        return result
+        self._counters.steps += len(results)
+        return results
 
     def _commit(self, schedule: Schedule, result: StepResult) -> list[Delta]:
         now = time.perf_counter()

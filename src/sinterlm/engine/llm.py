@@ -74,6 +74,7 @@ class LLM:
         max_num_seqs: int = EngineOptions.max_num_seqs,
         max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens,
         max_mixed_prefill_tokens: int = EngineOptions.max_mixed_prefill_tokens,
+        num_scheduler_steps: int = EngineOptions.num_scheduler_steps,
         enable_prefix_caching: bool = EngineOptions.enable_prefix_caching,
         num_speculative_tokens: int = EngineOptions.num_speculative_tokens,
         prompt_lookup_min: int = EngineOptions.prompt_lookup_min,
@@ -91,6 +92,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+            num_scheduler_steps=num_scheduler_steps,
             enable_prefix_caching=enable_prefix_caching,
             num_speculative_tokens=num_speculative_tokens,
             prompt_lookup_min=prompt_lookup_min,
@@ -332,7 +334,7 @@ class LLM:
         with self._exclusive() as engine:
             ids = self._add_all(engine, prompts, params)
             while engine.has_unfinished:
-                for delta in engine.step():
+                for delta in engine.step(may_repeat=True):
                     if delta.output is not None:
                         finished[delta.request_id] = delta.output
                         if use_tqdm:

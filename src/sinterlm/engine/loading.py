@@ -71,6 +71,7 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_sample_rows=plan.max_sample_rows,
             max_mixed_prefill_tokens=options.max_mixed_prefill_tokens,
+            num_scheduler_steps=options.num_scheduler_steps,
         ),
         num_pages=plan.num_pages,
         page_tokens=options.block_size,

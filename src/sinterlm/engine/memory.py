@@ -45,6 +45,7 @@ def check_options(options: EngineOptions) -> None:
         ("max_num_seqs", options.max_num_seqs, 1, 4096),
         ("max_num_batched_tokens", options.max_num_batched_tokens, 1, 1 << 20),
         ("max_mixed_prefill_tokens", options.max_mixed_prefill_tokens, 1, 1 << 20),
+        ("num_scheduler_steps", options.num_scheduler_steps, 1, 1024),
         ("num_speculative_tokens", options.num_speculative_tokens, 0, 64),
         ("prompt_lookup_min", options.prompt_lookup_min, 1, 1 << 10),
         ("prompt_lookup_max", options.prompt_lookup_max, 1, 1 << 10),

@@ -144,6 +144,13 @@ class Request:
         return self.row_after_min_tokens is None and self.row.allowed is None
 
     @property
+    def can_repeat(self) -> bool:
+        """Whether several tokens may be drawn before Python sees one: nothing but a stop token ends
+        it, and every row is drawn by rules that hold still."""
+        watched = self.text is not None and self.text.is_watched
+        return not watched and not self.group.params.has_penalties and self.can_draft
+
+    @property
     def order(self) -> tuple[int, int]:
         """Who goes first: lower priority values, then earlier arrivals."""
         return self.group.priority, self.arrival

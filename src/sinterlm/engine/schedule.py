@@ -15,6 +15,7 @@ class StepLimits:
     max_num_batched_tokens: int  #: over all sequences
     max_sample_rows: int  #: rows drawn from, or scored; at least max_num_seqs
     max_mixed_prefill_tokens: int  #: prefill tokens of a step in which something decodes
+    num_scheduler_steps: int = 1  #: decode steps in one native call, when nobody needs to look
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Schedule:
 
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    num_steps: int = 1  #: most times it may run on; every chunk is one decode if more than one
 
     @property
     def num_tokens(self) -> int:

@@ -110,8 +110,11 @@ class Scheduler:
         self.check_fits(request.tokens.num_prompt, request.max_total_tokens)
         insort(self._waiting, request, key=_ORDER)
 
-    def schedule(self) -> Schedule:
-        """Decide the next step. Empty only when there is nothing to do."""
+    def schedule(self, *, may_repeat: bool = False) -> Schedule:
+        """Decide the next step. Empty only when there is nothing to do.
+
+        With ``may_repeat`` it may be one that runs on by itself for several.
+        """
         plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_sample_rows)
         self._plan_decodes(plan)
         self._plan_prefills(plan)
@@ -119,7 +122,8 @@ class Scheduler:
         for request, chunk in plan.chunks.items():
             known = request.num_computed + chunk.num_tokens - chunk.num_drafts
             self._prefix.name_pages(request, known)
-        return Schedule(list(plan.chunks.values()), plan.preempted)
+        num_steps = self._plan_repeats(plan) if may_repeat else 1
+        return Schedule(list(plan.chunks.values()), plan.preempted, num_steps)
 
     def commit(self, schedule: Schedule, tokens: Sequence[int]) -> list[Drawn]:
         """Record a step that ran: ``tokens`` has one entry for each row of its chunks, in order.
@@ -180,6 +184,22 @@ class Scheduler:
             if len(drafts) and self._grow(request, request.num_tokens + len(drafts)):
                 request.tokens.stage(drafts)
                 plan.put(Chunk(request, 1 + len(drafts), samples=True, num_drafts=len(drafts)))
+
+    def _plan_repeats(self, plan: _Plan) -> int:
+        """How many steps may run before anything but a stop token needs a decision: until the first
+        sequence is full, as far as pages reach, if nothing waits and all that runs decodes."""
+        steps = self.limits.num_scheduler_steps
+        if self._proposer or self._waiting or len(plan.chunks) < len(self._running):
+            return 1
+        if any(c.num_tokens > 1 or c.num_rows != 1 for c in plan.chunks.values()):
+            return 1
+        for request in plan.chunks:
+            if not request.can_repeat:
+                return 1
+            steps = min(steps, request.max_total_tokens - request.num_tokens)
+            while steps > 1 and not self._grow(request, request.num_tokens + steps - 1):
+                steps -= 1
+        return steps
 
     def _count_right(self, chunk: Chunk, drawn: Sequence[int]) -> int:
         """How many of a chunk's guesses, from the first on, are what was drawn in their place."""

@@ -80,6 +80,11 @@ class TextStream:
         self._given = 0  # characters handed out by take_delta
         self._finished = False
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether each token's text matters as soon as it is drawn."""
+        return self._eager
+
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Add a token. Returns the stop string that it completed, None otherwise.
 
