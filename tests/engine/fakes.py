@@ -62,6 +62,10 @@ class FakeModel:
     def close(self) -> None:
         self.closed = True
 
+    def describe(self) -> dict[str, object]:
+        assert not self.closed
+        return {"ops": [{"name": "all", "calls": self.num_steps, "ns": 1000 * self.num_steps}]}
+
     def step(self, batch: StepBatch) -> StepResult:
         assert not self.closed
         self.num_steps += 1

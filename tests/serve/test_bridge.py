@@ -135,6 +135,8 @@ def test_run_idle_sees_the_engine_between_steps() -> None:
                 await bridge.run_idle(lambda engine: 1 // 0)
             assert (await read(bridge.submit(submission())))[-1].output
             assert bridge.stats().kv_pages_used == 0
+            (op,) = bridge.stats().ops
+            assert (op.name, op.calls, op.seconds) == ("all", 5, 5e-6)
         with pytest.raises(DrainingError):
             await bridge.run_idle(lambda engine: None)
 

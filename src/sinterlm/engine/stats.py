@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishKind = Literal["stop", "length", "abort", "error"]
 
@@ -61,3 +61,10 @@ class EngineStats:
     steps: int
     step_seconds_total: float  #: inside the native step
     ops: tuple[OpStats, ...] = ()  #: in the order they run
+
+
+def op_stats(description: Mapping[str, Any]) -> tuple[OpStats, ...]:
+    """The ops of ``Model.describe()``."""
+    return tuple(
+        OpStats(op["name"], op["calls"], op["ns"] / 1e9, None) for op in description["ops"]
+    )

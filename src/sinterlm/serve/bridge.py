@@ -23,7 +23,7 @@ from sinterlm.engine.engine import Engine
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.outputs import Delta, RequestOutput
 from sinterlm.engine.sampling import SamplingParams
-from sinterlm.engine.stats import EngineStats
+from sinterlm.engine.stats import EngineStats, OpStats, op_stats
 from sinterlm.errors import DrainingError, EngineDeadError, UsageError
 from sinterlm.serve.stream import AbortReason, Stream
 from sinterlm.serve.waiting_room import WaitingRoom
@@ -31,6 +31,9 @@ from sinterlm.serve.waiting_room import WaitingRoom
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two readings of the ops' counters while the engine is busy.
+_OPS_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Bridge:
         # Of the engine thread: what it will deliver, and whether it was told to end.
         self._deltas: list[Delta] = []
         self._ending = False
+        # Read by that thread alone: the model may be closed under anybody else.
+        self._ops: tuple[OpStats, ...] = ()
+        self._ops_time = -math.inf
 
     @property
     def is_ready(self) -> bool:
@@ -192,7 +198,7 @@ class Bridge:
         """A snapshot of the engine, from any thread, also after it died."""
         if self._engine is None:
             raise UsageError("this bridge has not been started")
-        return self._engine.stats()
+        return replace(self._engine.stats(), ops=self._ops)
 
     # -- on the event loop -----------------------------------------------------------------------
 
@@ -241,6 +247,7 @@ class Bridge:
                 self._obey(wait=not self._engine.has_unfinished)
                 if self._engine.has_unfinished:
                     self._deltas += self._engine.step()
+                self._read_ops()
                 if self._deltas:
                     self._post(self._deliver, self._deltas)
                     self._deltas = []
@@ -249,6 +256,14 @@ class Bridge:
         finally:
             self._llm.return_engine()
             self._post(self._close, death, cause)
+
+    def _read_ops(self) -> None:
+        """Ask the model what its ops have taken, now and then, and before falling asleep."""
+        assert self._engine is not None
+        now = time.monotonic()
+        if now - self._ops_time >= _OPS_INTERVAL_S or not self._engine.has_unfinished:
+            self._ops = op_stats(self._llm.model.describe())
+            self._ops_time = now
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out what the event loop asked for since the last step; sleep until it asks."""
