@@ -27,7 +27,8 @@ class Tokenizer:
         self.assets = assets
         self._tokenizer = _load_tokenizer(assets.tokenizer_json)
         self._template: ChatTemplate | None = None  # compiled on first use
-        self._token_texts: dict[int, str] = {}
+        #: Texts of single tokens, without and with special ones: streams ask for them all the time.
+        self._token_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
 
     @property
     def has_vocabulary(self) -> bool:
@@ -85,10 +86,17 @@ class Tokenizer:
     def decode_function(self, *, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
         """``decode`` with its flag bound."""
         tokenizer = self._require_tokenizer()
+        known = self._token_texts[not skip_special_tokens]
 
         def decode(ids: Sequence[int]) -> str:
-            text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-            return text
+            if len(ids) == 1:
+                text = known.get(ids[0])
+                if text is None:
+                    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+                    known[ids[0]] = text
+                return text
+            several: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+            return several
 
         return decode
 
@@ -96,11 +104,8 @@ class Tokenizer:
         """Text of a single token, special ones included; None without a vocabulary."""
         if self._tokenizer is None:
             return None
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self.decode([token_id], skip_special_tokens=False)
-            self._token_texts[token_id] = text
-        return text
+        text = self._token_texts[True].get(token_id)
+        return self.decode([token_id], skip_special_tokens=False) if text is None else text
 
     def render_chat(
         self,
