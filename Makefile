@@ -7,6 +7,7 @@
 #   make setup      the development environment                make clean      remove what was made
 #   make bench      SmolLM2 against the peers that are installed, within the hour; resumable
 #   make bench-quick | bench-full   once in 15 minutes | 8 sizes, five rounds, in pieces
+#   make train-tiny    the model of tests/assets again (needs torch)
 #   make bench-setup   install the peers       make bench-parity   our client against vLLM's
 
 PYTHON ?= python3
@@ -27,11 +28,11 @@ CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format dist goldens clean \
+.PHONY: help setup demo test test-all check format dist goldens train-tiny clean \
   bench bench-quick bench-full bench-setup bench-parity
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 # ---- environments: one stamp each, remade when pyproject.toml changes
 
@@ -134,6 +135,11 @@ format: $(VENV)/stamps/dev
 dist: $(VENV)/stamps/dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+
+# In two runs, as the weights in the repository were made: the second has a shorter schedule.
+train-tiny: $(GOLDENS_VENV)/stamp
+	$(GOLDENS_VENV)/bin/python scripts/train_tiny.py --steps 500 --until 300
+	$(GOLDENS_VENV)/bin/python scripts/train_tiny.py --steps 370
 
 goldens: $(GOLDENS_VENV)/stamp
 	$(GOLDENS_VENV)/bin/python scripts/make_goldens.py

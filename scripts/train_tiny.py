@@ -40,11 +40,13 @@ def main() -> None:
     windows = cut(encode(tokenizer, training))
     model = LlamaForCausalLM(config())
     losses = train(model, windows, args)
+    if args.until is not None:
+        return
     test = cut(encode(tokenizer, held_out))
     write(args.out, tokenizer, model, held_out)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": windows.numel(),
+        "text_tokens": windows.numel(),
         "steps": args.steps,
         "tokens_per_step": WINDOW * BATCH,
         "last_training_loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
@@ -62,7 +64,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=ROOT / "text.txt.xz")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder of the model")
     parser.add_argument("--work", type=Path, default=Path("build/train-tiny"), help="checkpoints")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=370, help="that the learning rate is for")
+    parser.add_argument("--until", type=int, help="stop at the checkpoint of this step")
     return parser.parse_args()
 
 
@@ -140,7 +143,7 @@ def train(model: Any, windows: torch.Tensor, args: argparse.Namespace) -> list[f
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
     began = time.monotonic()
-    for step in range(len(losses), args.steps):
+    for step in range(len(losses), args.until or args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
         batch = windows[order[step * BATCH : (step + 1) * BATCH]]

@@ -46,9 +46,8 @@ from sinterlm.options import CompileOptions, DTypeName
 
 if TYPE_CHECKING:
     from sinterlm.frontend.checkpoint import Checkpoint
-    from sinterlm.ir.graph import DecoderConfig, Graph
+    from sinterlm.ir.graph import DecoderConfig
     from sinterlm.ir.plan import Plan
-    from sinterlm.ir.quant import GemmFormat
 
 #: Room that a library and its source may take.
 _CODE_BYTES = 16 << 20
@@ -185,23 +184,14 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
     scheme = scheme_of(job.options)
-    made = plan(graph, job.options.dump_dir, scheme, stored_codes(job, checkpoint))
+    stored = checkpoint.codes_for(job.dtype, are_asked=scheme.bits is not None)
+    made = plan(graph, job.options.dump_dir, scheme, stored)
     if scheme.act is not None and not made.graph.formats:
         raise UsageError(
             "--act-dtype says what stands beside quantised weights, and there are none; give "
             "--quantization int8 or int4"
         )
     return made
-
-
-def stored_codes(job: Job, checkpoint: Checkpoint) -> dict[str, GemmFormat]:
-    """The checkpoint's own codes, where they count: always when codes were asked for, and else
-    where it is of a quantisation method, whose 16-bit form they are. fp32 is the reference of every
-    other form: there, codes become the floats that they stand for."""
-    asked = job.options.quantization is not None
-    if asked or (checkpoint.is_quantised and job.dtype != "fp32"):
-        return checkpoint.stored_formats
-    return {}
 
 
 def emit(job: Job, plan: Plan) -> str:
@@ -305,6 +295,7 @@ def write_bundle(
 ) -> Bundle:
     """Write manifest and text beside what they lead to, and open them as any user would."""
     from sinterlm.ir.cost import plan_costs
+    from sinterlm.passes.formats import main_format
 
     job.progress.stage("write bundle")
     text = encode_text(checkpoint)
@@ -322,7 +313,7 @@ def write_bundle(
         target=job.backend.target,
         isa=job.isa,
         dtype=job.dtype,
-        quantization=quantization_name(checkpoint, plan.graph),
+        quantization=main_format(plan.graph, checkpoint.origin),
         model=checkpoint.name,
         code_key=code_key,
         weights_key=weights_key,
@@ -338,24 +329,6 @@ def write_bundle(
         text=FileRef("text.json", len(text), hashlib.sha256(text).hexdigest()),
     )
     return job.cache.publish(manifest, text, job.progress)
-
-
-def quantization_name(checkpoint: Checkpoint, graph: Graph) -> str | None:
-    """For people, of the format of most weights: ``int4 w4g32-a8g64``, and where they come from if
-    they were no floats. None: no weight is in codes."""
-    from sinterlm.frontend.numeric import STORAGE
-    from sinterlm.passes.formats import main_format
-
-    found = main_format(graph)
-    if found is None:
-        return None
-    name, form = found
-    source = checkpoint.tensors[name].dtype
-    text = f"int{form.bits} {form.name}"
-    if source in STORAGE:
-        return text
-    is_kept = checkpoint.keeps(name, form)
-    return f"{text}, " + (f"as stored ({source})" if is_kept else f"lossy from {source}")
 
 
 def encode_text(checkpoint: Checkpoint) -> bytes:

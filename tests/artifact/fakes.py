@@ -46,7 +46,6 @@ class FakeCheckpoint:
         self.text = TextAssets(chat_template=(path / "config.json").read_text())
         self.digests = 0
         self.reads = 0
-        self.stored_formats: dict[str, GemmFormat] = {}
         self.read_exact = self.read_coded = None  # ``chunks`` stands for them
 
     def __enter__(self) -> FakeCheckpoint:
@@ -59,6 +58,9 @@ class FakeCheckpoint:
         trace: TracebackType | None,
     ) -> None:
         pass
+
+    def origin(self, name: str, form: GemmFormat) -> str:
+        return ""
 
     def digest(self, progress: Progress | None = None) -> str:
         self.digests += 1

@@ -9,6 +9,7 @@ lengths of text and model. The file takes 4 bytes x scored tokens x vocabulary; 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 from sinterlm.artifact.progress import Progress
 from sinterlm.bench.eval_metrics import Deltas, bootstrap_mean, compare, perplexity, token_nll
+from sinterlm.bench.eval_server import Server, TopDeltas, compare_told
 from sinterlm.bench.eval_text import Layout, Tokens, Window, lay_out, tokenise
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import ResourceError, UsageError
@@ -60,7 +62,8 @@ class Divergence:
     kl: float  #: KL(reference‖dtype), nats, mean over tokens
     kl_interval: tuple[float, float] | None  #: 95 %, bootstrap over windows; None for one window
     top1_agreement: float  #: share of tokens where both prefer the same one
-    max_logit_delta: dict[str, float]  #: percentile over tokens ("50", …) -> max |Δlogit|
+    #: Percentile over tokens ("50", …) -> max |Δlogit|; empty for a server, which tells no logits.
+    max_logit_delta: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Score:
 
     dtype: str
     tokens: int  #: scored
-    nll: float  #: −log probability of the true token, nats, mean over tokens
-    perplexity: float  #: exp(nll)
+    nll: float | None  #: −log probability of the true token, nats, mean over tokens; None: not told
+    perplexity: float | None  #: exp(nll)
     divergence: Divergence | None  #: None for the reference itself
 
 
@@ -95,8 +98,10 @@ def evaluate(
     *,
     window: int | None = None,
     stride: int | None = None,
+    server: Server | None = None,
 ) -> EvalReport:
-    """Score ``dtypes`` on ``text``; ``openers`` has one for each, and for the reference.
+    """Score ``dtypes`` on ``text``; ``openers`` has one for each, and for the reference. A
+    ``server`` comes last, under its name.
 
     Raises UsageError for texts and windows that cannot be scored, ResourceError for want of disk,
     and whatever opening and running a model raise.
@@ -108,7 +113,9 @@ def evaluate(
             tokens = tokenise(text, model.tokenizer)
             layout = lay_out(tokens, model.max_model_len, window, stride)
             progress.stage(f"score {REFERENCE}", layout.num_scored, "tokens")
-            keep = logits if others else None
+            keep = logits if others or server else None
+            if server is not None:
+                server.check_tokens(text, tokens.ids)
             scores = {REFERENCE: _score_reference(model, tokens, layout, keep, progress)}
         for dtype in others:
             with openers[dtype]() as model:
@@ -116,6 +123,11 @@ def evaluate(
                 progress.stage(f"score {dtype}", layout.num_scored, "tokens")
                 logits.seek(0)
                 scores[dtype] = _score(dtype, model, tokens, layout, logits, progress)
+        if server is not None:
+            progress.stage(f"score {server.name}", layout.num_scored, "tokens")
+            logits.seek(0)
+            scores[server.name] = _score_server(server, tokens, layout, logits, progress)
+            dtypes = [*dtypes, server.name]
     return EvalReport(
         reference=REFERENCE,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -169,6 +181,32 @@ def _score(
     )
     nll = deltas.nll
     return Score(dtype, len(nll), float(nll.mean()), perplexity(nll), divergence)
+
+
+def _score_server(
+    server: Server, tokens: Tokens, layout: Layout, reference: IO[bytes], progress: Progress
+) -> Score:
+    """Score a server against the logits in ``reference``, read from where it stands."""
+    parts: list[TopDeltas] = []
+    vocab = os.fstat(reference.fileno()).st_size // 4 // layout.num_scored
+    for window in layout.windows():
+        ids = [*tokens.bos, *tokens.ids[window.start : window.stop].tolist()]
+        told = server.told(ids, len(tokens.bos) + window.first - window.start)
+        theirs = np.fromfile(reference, np.float32, window.num_scored * vocab)
+        targets = tokens.ids[window.first : window.stop]
+        parts.append(compare_told(theirs.reshape(window.num_scored, vocab), told, targets))
+        progress.advance(window.num_scored)
+    kl = np.concatenate([part.kl for part in parts])
+    nll = np.concatenate([part.nll for part in parts])
+    divergence = Divergence(
+        kl=float(kl.mean()),
+        kl_interval=bootstrap_mean(kl, [len(part.kl) for part in parts]),
+        top1_agreement=float(np.concatenate([part.agrees for part in parts]).mean()),
+        max_logit_delta={},
+    )
+    is_told = not np.isnan(nll).any()
+    mean, ppl = (float(nll.mean()), perplexity(nll)) if is_told else (None, None)
+    return Score(server.name, len(nll), mean, ppl, divergence)
 
 
 def _logits_of(model: Scorer, tokens: Tokens, layout: Layout) -> Iterator[tuple[Window, Float32]]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sinterlm.artifact.progress import Progress
     from sinterlm.bench.eval import EvalReport, Score, Scorer
 
-_REFERENCE: DTypeName = "fp32"
+_REFERENCE = "fp32"
+_DTYPES = ("fp32", "bf16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_dtypes,
         default=("fp32", "bf16"),
         metavar="LIST",
-        help="what to score (default: fp32,bf16); fp32 runs in any case, as the reference",
+        help="what to score, of fp32, bf16, int8 and int4 (default: fp32,bf16); fp32 runs in any "
+        "case, as the reference; --quant-group and --act-dtype say more of int8 and int4",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="score this vLLM, llama.cpp or SinterLM server as well"
+    )
+    parser.add_argument(
+        "--server-model", metavar="NAME", help="of the server (default: its only one)"
     )
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -58,14 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option_flags(parser, CompileOptions, EngineOptions)
 
 
-def parse_dtypes(text: str) -> tuple[DTypeName, ...]:
-    """Dtypes from ``fp32,bf16``, each once."""
-    names: list[DTypeName] = []
+def parse_dtypes(text: str) -> tuple[str, ...]:
+    """Dtypes from ``fp32,int8``, each once."""
+    names: list[str] = []
     for part in text.split(","):
-        name = parse_dtype(part)
-        if name not in ("bf16", "fp32"):
-            raise argparse.ArgumentTypeError(f"{part!r} is no dtype by itself; name fp32 or bf16")
-        names.append("bf16" if name == "bf16" else "fp32")
+        name = part if part in _DTYPES else parse_dtype(part)
+        if name not in _DTYPES:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no dtype by itself; name {', '.join(_DTYPES)}"
+            )
+        names.append(name)
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names a dtype twice")
     return tuple(names)
@@ -74,18 +84,19 @@ def parse_dtypes(text: str) -> tuple[DTypeName, ...]:
 def run(args: argparse.Namespace) -> int:
     """Score and print. Raises UsageError, and as compiling, loading and running do."""
     from sinterlm.bench.eval import evaluate
+    from sinterlm.bench.eval_server import find_server
     from sinterlm.bench.eval_text import read_text, shipped_text
     from sinterlm.commands.ui import TerminalProgress
 
     _check(args)
+    server = find_server(args.server, args.server_model) if args.server else None
     text = shipped_text() if args.text is None else read_text(Path(args.text))
     options, engine = options_of(args)
     if args.max_num_seqs is None:
         engine = replace(engine, max_num_seqs=1)  # one window at a time: no more KV cache than that
     with TerminalProgress() as progress:
         openers = {
-            dtype: _opener(replace(options, dtype=dtype), engine, progress)
-            for dtype in {_REFERENCE, *args.dtypes}
+            dtype: _opener(dtype, options, engine, progress) for dtype in {_REFERENCE, *args.dtypes}
         }
         report = evaluate(
             openers,
@@ -94,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             progress,
             window=args.max_tokens_per_window,
             stride=args.stride,
+            server=server,
         )
     if args.json:
         print(json.dumps({"model": args.model, "text": args.text, **asdict(report)}))
@@ -108,6 +120,10 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.dtype is not None:
         raise UsageError("eval compares dtypes; name them with --dtypes instead of --dtype")
+    if args.quantization is not None:
+        raise UsageError("eval compares; name int8 or int4 in --dtypes instead of --quantization")
+    if args.server_model is not None and args.server is None:
+        raise UsageError("--server-model names a model of --server, which is not given")
     if args.code_only:
         raise UsageError("--code-only leaves nothing to run; it belongs to `sinterlm compile`")
     if args.bundle_sha256 is not None:
@@ -120,8 +136,15 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _opener(
-    options: CompileOptions, engine: EngineOptions, progress: Progress
+    dtype: str, options: CompileOptions, engine: EngineOptions, progress: Progress
 ) -> Callable[[], AbstractContextManager[Scorer]]:
+    """Opens the model in ``dtype``; groups and activations matter to codes alone."""
+    if dtype in ("int8", "int4"):
+        options = replace(options, quantization="int8" if dtype == "int8" else "int4")
+    else:
+        wide: DTypeName = "fp32" if dtype == "fp32" else "bf16"
+        options = replace(options, dtype=wide, quant_group=None, act_dtype=None)
+
     @contextmanager
     def open_model() -> Iterator[Scorer]:
         from sinterlm.compile import compile_model
@@ -130,7 +153,7 @@ def _opener(
 
         check_options(engine)
         bundle = compile_model(options, progress)
-        progress.stage(f"load {options.dtype}")
+        progress.stage(f"load {dtype}")
         with LLM.from_bundle(bundle, engine) as llm:
             yield llm
 
@@ -157,7 +180,8 @@ def print_report(model: str, report: EvalReport) -> None:
 
 
 def _row(score: Score) -> list[str]:
-    head = [score.dtype, str(score.tokens), f"{score.perplexity:.4f}"]
+    told = "not told" if score.perplexity is None else f"{score.perplexity:.4f}"
+    head = [score.dtype, str(score.tokens), told]
     far = score.divergence
     if far is None:
         return [*head, "reference", *[""] * 5]

@@ -17,7 +17,7 @@ from types import TracebackType
 from sinterlm.artifact.progress import Progress
 from sinterlm.artifact.text import TextAssets
 from sinterlm.errors import CheckpointError
-from sinterlm.frontend.numeric import Array, ReadDType
+from sinterlm.frontend.numeric import STORAGE, Array, ReadDType
 from sinterlm.ir.graph import DecoderConfig
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
@@ -84,6 +84,21 @@ class Checkpoint(ABC):
     def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
         """The codes of a matrix in ``form``, or None where it has to be quantised from floats."""
         return None
+
+    def codes_for(self, dtype: ReadDType, *, are_asked: bool) -> dict[str, GemmFormat]:
+        """``stored_formats`` where they count: if codes are asked for, and else if the checkpoint
+        is of a quantisation method, whose 16-bit form they are. fp32 is the reference of every
+        other form: there, codes become the floats that they stand for."""
+        if are_asked or (self.is_quantised and dtype != "fp32"):
+            return self.stored_formats
+        return {}
+
+    def origin(self, name: str, form: GemmFormat) -> str:
+        """Where the codes of a matrix in ``form`` come from, if not from floats."""
+        source = self._info(name).dtype
+        if source in STORAGE:
+            return ""
+        return f"as stored ({source})" if self.keeps(name, form) else f"lossy from {source}"
 
     @abstractmethod
     def _stored_bytes(self, name: str) -> Iterator[memoryview]:

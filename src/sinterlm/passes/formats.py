@@ -7,7 +7,7 @@ are, unless other ones were asked for. Norm weights and biases stay fp32.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
@@ -125,8 +125,9 @@ def _fit_heads(op: ops.Op, form: GemmFormat, head_dim: int) -> GemmFormat:
     return replace(form, act_group=gcd(form.act_group, head_dim))
 
 
-def main_format(graph: Graph) -> tuple[str, GemmFormat] | None:
-    """The format of most of a graph's coded weights, with the name of one; None: all are wide."""
+def main_format(graph: Graph, origin: Callable[[str, GemmFormat], str]) -> str | None:
+    """For people, the format of most of a graph's coded weights: ``int4 w4g32-a8g64``, and what
+    ``origin`` says of one of them in it. None: all are wide."""
     sizes: Counter[GemmFormat] = Counter()
     for name, form in graph.formats.items():
         rows, depth = graph.weights[name].shape
@@ -134,4 +135,6 @@ def main_format(graph: Graph) -> tuple[str, GemmFormat] | None:
     if not sizes:
         return None
     form = sizes.most_common(1)[0][0]
-    return next(name for name, found in graph.formats.items() if found == form), form
+    one = next(name for name, found in graph.formats.items() if found == form)
+    source = origin(one, form)
+    return f"int{form.bits} {form.name}" + (f", {source}" if source else "")
