@@ -1,0 +1,32 @@
+"""``sinterlm serve`` whose engine waits before each step, and may die at one.
+
+Usage: ``driver.py SECONDS STEP_TO_DIE_AT flags…``; step 0 = never.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+
+from sinterlm.cli import main
+from sinterlm.engine.engine import Engine
+from sinterlm.engine.outputs import Delta
+
+
+def hinder(seconds: float, last: int) -> None:
+    """Make every engine of this process slow and mortal."""
+    step, numbers = Engine.step, itertools.count(1)
+
+    def hindered(engine: Engine) -> list[Delta]:
+        time.sleep(seconds)
+        if next(numbers) == last:
+            raise RuntimeError("/secret/path")
+        return step(engine)
+
+    Engine.step = hindered  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    hinder(float(sys.argv[1]), int(sys.argv[2]))
+    sys.exit(main(["serve", *sys.argv[3:]]))
