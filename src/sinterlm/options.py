@@ -67,6 +67,8 @@ class EngineOptions:
     prompt_lookup_min: int = 2  #: shortest run of tokens that is looked up for a guess
     prompt_lookup_max: int = 4  #: longest
     kv_cache_memory_bytes: int | None = None  #: None = from what the cgroup leaves free
+    #: Instead of bytes: a share of the memory that weights and working buffers leave; None = 0.9.
+    kv_cache_memory_fraction: float | None = None
     block_size: int = 64  #: tokens per KV page, a multiple of 16
     num_threads: int | None = None  #: None = the CPUs this process may use
     #: Pin worker i to cpu_ids[i]; None = pinned when there is one worker for every CPU.

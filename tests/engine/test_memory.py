@@ -52,6 +52,13 @@ def test_explicit_size_is_what_is_taken() -> None:
     assert plan.num_pages == 5 * GB // (64 * PER_TOKEN)
 
 
+def test_a_fraction_is_of_what_weights_leave() -> None:
+    half = plan_kv(manifest(), EngineOptions(kv_cache_memory_fraction=0.5), 40 * GB)
+    whole = plan_kv(manifest(), EngineOptions(kv_cache_memory_fraction=1), 40 * GB)
+    assert 0.85 * 24 * GB / 2 < half.kv_bytes < 24 * GB / 2
+    assert abs(2 * half.num_pages - whole.num_pages) <= 1
+
+
 def test_weights_that_do_not_fit() -> None:
     with pytest.raises(ResourceError, match=r"16\.00 GB of weights.*15\.00 GB of memory left"):
         plan_kv(manifest(), EngineOptions(), 15 * GB)
@@ -94,6 +101,10 @@ def test_next_to_nothing_is_refused() -> None:
         ({"max_num_batched_tokens": -1}, "max_num_batched_tokens=-1"),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0"),
         ({"kv_cache_memory_bytes": "4G"}, "kv_cache_memory_bytes='4G'"),
+        ({"kv_cache_memory_fraction": 0.0}, "kv_cache_memory_fraction=0.0 must be above 0"),
+        ({"kv_cache_memory_fraction": 1.1}, "kv_cache_memory_fraction=1.1 must be"),
+        ({"kv_cache_memory_fraction": float("nan")}, "kv_cache_memory_fraction=nan must be"),
+        ({"kv_cache_memory_fraction": 0.5, "kv_cache_memory_bytes": 9}, "exclude each other"),
         ({"block_size": 24}, "block_size=24 must be a multiple of 16"),
         ({"block_size": 0}, "block_size=0"),
         ({"num_threads": 0}, "num_threads=0"),

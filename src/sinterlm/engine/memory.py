@@ -75,6 +75,24 @@ def check_options(options: EngineOptions) -> None:
         raise UsageError(
             f"enable_prefix_caching={options.enable_prefix_caching!r} must be True or False"
         )
+    _check_fraction(options)
+    _check_cpu_ids(options)
+
+
+def _check_fraction(options: EngineOptions) -> None:
+    share: object = options.kv_cache_memory_fraction
+    if share is None:
+        return
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UsageError(f"kv_cache_memory_fraction={share!r} must be above 0, and 1 at most")
+    if options.kv_cache_memory_bytes is not None:
+        raise UsageError(
+            f"kv_cache_memory_fraction={share!r} and "
+            f"kv_cache_memory_bytes={options.kv_cache_memory_bytes} exclude each other; give one"
+        )
+
+
+def _check_cpu_ids(options: EngineOptions) -> None:
     ids: tuple[object, ...] | None = options.cpu_ids
     for cpu in () if ids is None else ids:
         if isinstance(cpu, bool) or not isinstance(cpu, int) or not 0 <= cpu < 4096:
@@ -108,8 +126,10 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
     if num_pages < pages_of_one:
         fits = num_pages * page_tokens
         if options.max_model_len is not None or fits < min(limit, _LEAST_CONTEXT):
-            given = options.kv_cache_memory_bytes is not None
-            more = "raise kv_cache_memory_bytes" if given else "give the process more memory"
+            more = "give the process more memory"
+            for name in ("kv_cache_memory_bytes", "kv_cache_memory_fraction"):
+                if getattr(options, name) is not None:
+                    more = f"raise {name}"
             raise ResourceError(
                 f"one context of {wanted} tokens needs {_show(pages_of_one * page_bytes)} of KV "
                 f"cache and {_show(budget)} can be had, enough for {fits} tokens; lower "
@@ -145,7 +165,9 @@ def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows:
             f"{cache} are more than the {_show(available)} of memory left to this process; free "
             "some, raise the container's limit, or choose a smaller model"
         )
-    return asked if asked is not None else int((available - fixed) * _KV_SHARE)
+    if asked is not None:
+        return asked
+    return int((available - fixed) * (options.kv_cache_memory_fraction or _KV_SHARE))
 
 
 def _show(nbytes: int) -> str:
