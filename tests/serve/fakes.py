@@ -184,7 +184,7 @@ class FakeBridge:
             prompt=submission.prompt,
             prompt_token_ids=prompt,
             outputs=outputs,
-            metrics=RequestMetrics(now, now, now),
+            metrics=RequestMetrics(now, now, now, now),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.cached,
         )

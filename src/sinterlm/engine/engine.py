@@ -182,8 +182,11 @@ class Engine:
         exception only ``reset`` may follow: pages were promised what was not computed.
         """
         self._lower_switch_interval()
-        deltas = self._expire(time.perf_counter())
+        now = time.perf_counter()
+        deltas = self._expire(now)
         schedule = self.scheduler.schedule(may_repeat=may_repeat)
+        for chunk in schedule.chunks:
+            chunk.request.group.begin(now)
         if schedule.chunks:
             for result in self._run(schedule):
                 deltas += self._commit(schedule, result)

@@ -47,6 +47,7 @@ class RequestMetrics:
     """When things happened, in seconds of ``time.perf_counter``."""
 
     arrival_time: float
+    scheduled_time: float | None  #: None when aborted while it waited
     first_token_time: float | None  #: None when aborted before its first token
     finished_time: float
 
@@ -54,6 +55,11 @@ class RequestMetrics:
     def ttft(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival until it was taken up."""
+        return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,7 @@ class RequestGroup:
     priority: int = 0  #: lower runs earlier
     deadline: float | None = None  #: seconds of time.perf_counter
     requests: list[Request] = field(default_factory=list)
+    scheduled_time: float | None = None  #: when a step first took it up
     first_token_time: float | None = None
     stream: bool = False  #: whether deltas carry text as it appears
 
@@ -176,6 +177,13 @@ class RequestGroup:
         """Whether all n sequences are done."""
         return all(r.status is Status.FINISHED for r in self.requests)
 
+    def begin(self, now: float) -> None:
+        """A step takes it up, at ``now``; only the first time counts."""
+        if self.scheduled_time is None:
+            self.scheduled_time = now
+
     def metrics(self, finished_time: float) -> RequestMetrics:
         """The group's time stamps."""
-        return RequestMetrics(self.arrival_time, self.first_token_time, finished_time)
+        return RequestMetrics(
+            self.arrival_time, self.scheduled_time, self.first_token_time, finished_time
+        )

@@ -163,7 +163,7 @@ class Generation:
                 prompt_tokens=len(output.prompt_token_ids),
                 output_tokens=len(one.token_ids),
                 ttft_s=times.ttft,
-                queue_s=None,
+                queue_s=times.queue_time,
             )
 
     def _early_end(self, stream: Stream) -> ApiError:
