@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,37 @@ def test_what_it_did_is_in_the_metrics(server: Process) -> None:
         "vllm:cache_config_info", "sinterlm:engine_steps_total", "process_resident_memory_bytes",
     ):  # fmt: skip
         assert name in text, name
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"", "application/json", 400),
+        (b"{}", "application/json", 400),
+        (b'{"prompt": "a"}', "text/plain", 415),
+        (b"prompt=a", "application/x-www-form-urlencoded", 415),
+        (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", 415),
+        (b'{"prompt": "\xff"}', "application/json", 400),
+        (b'{"prompt": NaN}', "application/json", 400),
+        (b'{"prompt": "' + b"a" * (10 << 20) + b'"}', "application/json", 400),
+        (b'{"prompt": [' + b"5," * (5 << 20) + b"5]}", "application/json", 400),
+        (b"[" * (10 << 20), "application/json", 400),
+        (b" " * (17 << 20), "application/json", 413),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_bodies_get_an_error_and_the_next_request_its_tokens(
+    server: Process, body: bytes, kind: str, status: int
+) -> None:
+    before = server.complete(8)[1]["choices"]
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = HTTPConnection(host, int(port), timeout=60)
+    connection.request("POST", "/v1/completions", body, {"content-type": kind})
+    answer = connection.getresponse()
+    assert answer.status == status
+    assert set(json.loads(answer.read())["error"]) == {"message", "type", "param", "code"}
+    connection.close()
+    assert server.complete(8)[1]["choices"] == before
 
 
 def test_keys_strangers_and_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
