@@ -100,7 +100,8 @@ def test_tables(folder: Path) -> None:
     assert got is not None
     assert float(cost[0][2]) == pytest.approx(0.001 / got.value * 1e6, rel=1e-3)
     assert tables["Failed points"].rows[0][4] == "it | died log <b>"
-    assert tables["Throughput: vllm (bf16)"].rows[0][4] == "no data"
+    row = tables["Throughput: vllm (bf16)"].rows[0]
+    assert row[4:] == ("no fraction", "10%", "not measured", "not measured")
 
 
 def test_tails_need_many_requests(tmp_path: Path) -> None:
@@ -157,6 +158,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*words, "--accuracy", str(scores), "--baseline", str(base)]) == 0
     text = (tmp_path / "r/report.md").read_text()
     assert "| bf16 | 20.5000 | 1.50e-04 | 99.10% |" in text
+    assert re.search(r"\| 10% \| 1\.5e-04 \| 99\.1% \|", text)
     assert read_baseline(base) == baseline_of(folder)
     assert cli.main(["bench", "compare", str(base), str(folder)]) == 0
     slow = make_sweep(tmp_path / "slow", factor=0.8)

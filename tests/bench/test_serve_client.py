@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from scripts.mock_openai import Plan
 from sinterlm.bench import client
 from sinterlm.bench.client import Target
 from sinterlm.bench.load import run_load
-from sinterlm.bench.raw import RawRun, RequestRecord
+from sinterlm.bench.raw import RawRun, RequestRecord, read_raw
 from sinterlm.bench.serve_stats import METRICS, serve_stats
 from sinterlm.bench.workload import Load, Request
 from sinterlm.errors import RuntimeFault, UsageError
@@ -204,6 +208,28 @@ def test_command(
     assert "no data" in told.out
     assert "all 5 requests failed" in told.err
     assert "the engine died" in told.err
+
+
+def test_ctrl_c_keeps_what_was_answered(mock: Mock, tmp_path: Path, test_environment: Path) -> None:
+    from tests.bench.conftest import TINY
+
+    mock.script([Plan((0.001,)), Plan((0.001,)), Plan((30.0,))])
+    raw = tmp_path / "raw.jsonl"
+    words = ["--tokenizer", str(TINY), "--num-prompts", "3", "--random-input-len", "4"]
+    words += ["--random-output-len", "1", "--max-concurrency", "1", "--save-raw", str(raw)]
+    serve = [sys.executable, "-m", "sinterlm", "bench", "serve", "--base-url", mock.url]
+    command = [*serve, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        while len(mock.sent()["sent"]) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"interrupted" in said
+    kept = read_raw(raw)
+    assert not kept.run.is_complete
+    assert [record.is_success for record in kept.requests] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _lines(
                       marker=_MARKERS[number % len(_MARKERS)], capsize=3)  # fmt: skip
     _batch_axis(axes, data.plan.batch_sizes)
     if log:
-        axes.set_yscale("log")
+        _log_axis(axes)
     return _finished(name, title, figure, axes)
 
 
@@ -124,7 +124,7 @@ def _tails(data: ReportData) -> Drawing:
             axes.plot([size], [one.value], marker=_MARKERS[number % len(_MARKERS)],
                       color=line.get_color(), markerfacecolor=face)  # fmt: skip
     _batch_axis(axes, data.plan.batch_sizes)
-    axes.set_yscale("log")
+    _log_axis(axes)
     return _finished("p99", title, figure, axes)
 
 
@@ -156,6 +156,15 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 def _batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(sizes), [str(size) for size in sizes])
+
+
+def _log_axis(axes: Axes) -> None:
+    """Logarithmic, with plain numbers, also between powers of ten where there are few."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
 
 
 def _finished(name: str, title: str, figure: Figure, axes: Axes) -> Drawing:

@@ -50,7 +50,7 @@ def _lead(data: ReportData) -> str:
             " five rounds are coarse, and there are none of a single one."
         )
     if failed:
-        text += f" {failed} points failed; they are listed."
+        text += f" Points that failed: {failed}; they are listed."
     return text
 
 

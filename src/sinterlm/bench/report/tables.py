@@ -59,12 +59,29 @@ def throughput(data: ReportData, arm: str) -> Table:
             _estimate(data.estimate(arm, size, "request_throughput")),
             _estimate(data.estimate(arm, size, "output_throughput")),
             _estimate(data.estimate(arm, size, "total_token_throughput")),
-            NO_DATA if share is None else f"{share:.1%}",
+            "no fraction" if share is None else f"{share:.1%}",
             _share(data.estimate(arm, size, "client_cpu")),
+            *_divergence(data, arm),
         ))  # fmt: skip
     columns = ("batch size", "requests/s", "output tok/s", "total tok/s", "of the roof",
-               "client CPU")  # fmt: skip
-    return Table(f"Throughput: {arm} ({data.precision(arm)})", columns, tuple(rows))
+               "client CPU", "KL to fp32", "top-1")  # fmt: skip
+    note = (
+        "No fraction of the roof: no probe, a precision that we do not compile, or beyond belief. "
+        f"KL and top-1: of {data.precision(arm)} weights, by `sinterlm eval`."
+    )
+    return Table(f"Throughput: {arm} ({data.precision(arm)})", columns, tuple(rows), note)
+
+
+def _divergence(data: ReportData, arm: str) -> tuple[str, str]:
+    """KL and top-1 agreement of an engine's precision, where they were measured."""
+    precision = data.precision(arm)
+    for score in data.accuracy:
+        if score["dtype"] == precision:
+            found = score.get("divergence")
+            if found is None:
+                return "reference", "reference"
+            return f"{found['kl']:.1e}", f"{found['top1_agreement']:.1%}"
+    return "not measured", "not measured"
 
 
 def latency(data: ReportData, arm: str) -> Table:
