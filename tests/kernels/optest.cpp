@@ -63,6 +63,12 @@ int with_dtype(int is_bf16, Fn fn) {
   return is_bf16 ? fn(bf16{}) : fn(float{});
 }
 
+// Rows of K elements of E, side by side.
+template <class E>
+Rows<Wide<E>> wide_rows(const void* data, int K) {
+  return {static_cast<char*>(const_cast<void*>(data)), int64_t(K) * int64_t{sizeof(E)}};
+}
+
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -74,16 +80,16 @@ API int ot_residual(int is_bf16, int threads, int T, int K, int Hp, const void* 
     using E = decltype(e);
     Batch b{};
     b.num_tokens = T;
-    const ResidualArgs<E> p{&b,
-                            static_cast<const E*>(a),
-                            static_cast<const E*>(w),
-                            bias,
-                            norm,
-                            x,
-                            {out_x, static_cast<E*>(xw), ssq},
-                            K,
-                            Hp};
-    on_workers(threads, [&](Worker& wk) { residual_matmul<E>(wk, p); });
+    const ResidualArgs<Wide<E>, Wide<E>> p{&b,
+                                           wide_rows<E>(a, K),
+                                           static_cast<const E*>(w),
+                                           bias,
+                                           norm,
+                                           x,
+                                           {out_x, wide_rows<E>(xw, Hp), ssq},
+                                           K,
+                                           Hp};
+    on_workers(threads, [&](Worker& wk) { residual_matmul(wk, p); });
     return 0;
   });
 }
@@ -94,12 +100,12 @@ API int ot_gate_up(int is_bf16, int threads, int T, int H, int Hp, int Fp, const
     using E = decltype(e);
     Batch b{};
     b.num_tokens = T;
-    const GateUpArgs<E> p{&b,   static_cast<const E*>(xw),
-                          ssq,  static_cast<const E*>(w),
-                          bias, static_cast<E*>(h),
-                          eps,  H,
-                          Hp,   Fp};
-    on_workers(threads, [&](Worker& wk) { norm_gate_up_act<E>(wk, p); });
+    const GateUpArgs<Wide<E>, Wide<E>> p{&b,   wide_rows<E>(xw, Hp),
+                                         ssq,  static_cast<const E*>(w),
+                                         bias, wide_rows<E>(h, Fp),
+                                         eps,  H,
+                                         Hp,   Fp};
+    on_workers(threads, [&](Worker& wk) { norm_gate_up_act(wk, p); });
     return 0;
   });
 }
@@ -109,22 +115,22 @@ API int ot_lm_head(int is_bf16, int threads, int R, int H, int Hp, int V, int Vp
                    void* gathered) {
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
-    const LmHeadArgs<E> p{static_cast<const E*>(xw),
-                          ssq,
-                          rows,
-                          R,
-                          static_cast<const E*>(w),
-                          logits,
-                          static_cast<E*>(gathered),
-                          eps,
-                          H,
-                          Hp,
-                          V,
-                          Vp};
+    const LmHeadArgs<Wide<E>> p{wide_rows<E>(xw, Hp),
+                                ssq,
+                                rows,
+                                R,
+                                static_cast<const E*>(w),
+                                logits,
+                                wide_rows<E>(gathered, Hp),
+                                eps,
+                                H,
+                                Hp,
+                                V,
+                                Vp};
     on_workers(threads, [&](Worker& wk) {
-      gather_rows<E>(wk, p);
+      gather_rows(wk, p);
       wk.barrier();
-      lm_head<E>(wk, p);
+      lm_head(wk, p);
     });
     return 0;
   });
@@ -135,10 +141,10 @@ API int ot_embed(int is_bf16, int threads, const Step* s, int H, int Hp, const v
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const EmbedArgs<E> p{&b,   static_cast<const E*>(table),  is_panels != 0,
-                         norm, {x, static_cast<E*>(xw), ssq}, H,
-                         Hp};
-    on_workers(threads, [&](Worker& wk) { embed_norm<E>(wk, p); });
+    const EmbedArgs<Wide<E>, Wide<E>> p{&b,   static_cast<const E*>(table),   is_panels != 0,
+                                        norm, {x, wide_rows<E>(xw, Hp), ssq}, H,
+                                        Hp};
+    on_workers(threads, [&](Worker& wk) { embed_norm(wk, p); });
     return 0;
   });
 }
@@ -150,24 +156,24 @@ API int ot_qkv(int is_bf16, int threads, const Step* s, int H, int Hp, int Hq, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const QkvArgs<E> p{&b,
-                       static_cast<const E*>(xw),
-                       ssq,
-                       static_cast<const E*>(w),
-                       bias,
-                       q_norm,
-                       k_norm,
-                       cos,
-                       sin,
-                       static_cast<E*>(q),
-                       pages_of<E>(*s),
-                       eps,
-                       qk_eps,
-                       H,
-                       Hp,
-                       Hq,
-                       Hkv,
-                       Hq * D};
+    const QkvArgs<E, Wide<E>> p{&b,
+                                wide_rows<E>(xw, Hp),
+                                ssq,
+                                static_cast<const E*>(w),
+                                bias,
+                                q_norm,
+                                k_norm,
+                                cos,
+                                sin,
+                                static_cast<E*>(q),
+                                pages_of<E>(*s),
+                                eps,
+                                qk_eps,
+                                H,
+                                Hp,
+                                Hq,
+                                Hkv,
+                                Hq * D};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { norm_qkv_rope_kv<E, decltype(d)::value>(wk, p); });
     });
@@ -180,17 +186,17 @@ API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const AttentionArgs<E> p{&b,
-                             static_cast<const E*>(q),
-                             static_cast<E*>(y),
-                             pages_of<E>(*s),
-                             scale,
-                             window,
-                             Hq,
-                             Hkv,
-                             Hq * D,
-                             parts.data(),
-                             parts_floats};
+    const AttentionArgs<E, Wide<E>> p{&b,
+                                      static_cast<const E*>(q),
+                                      wide_rows<E>(y, Hq * D),
+                                      pages_of<E>(*s),
+                                      scale,
+                                      window,
+                                      Hq,
+                                      Hkv,
+                                      Hq * D,
+                                      parts.data(),
+                                      parts_floats};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { attention<E, decltype(d)::value>(wk, p); });
     });

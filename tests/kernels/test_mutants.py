@@ -12,7 +12,9 @@ import pytest
 from sinterlm.artifact.isa import best_isa
 from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS
 from tests.kernels import test_attention as attention
+from tests.kernels import test_coded as coded
 from tests.kernels import test_matmul as matmul
+from tests.kernels.coded import CodedLib
 from tests.kernels.oplib import OpLib
 
 
@@ -55,7 +57,8 @@ MUTANTS = [
     Mutant("skipped K block", "matmul.h", "k < K; k += kDepthBlock",
            "k < std::min(K, kDepthBlock); k += kDepthBlock", _residual),
     Mutant("dropped bias", "matmul.h", "if (p.bias) v = add(v", "if (0) v = add(v", _residual),
-    Mutant("residual left out", "matmul.h", "v = add(v, load(p.x + row + n));", "", _residual),
+    Mutant("residual left out", "matmul.h",
+           "add(v, load(p.x + int64_t(t) * p.Hp + i))", "v", _residual),
     Mutant("norm of the neighbour", "matmul.h", "rstd[r] = row_rstd(p.ssq, p.rows[r]",
            "rstd[r] = row_rstd(p.ssq, r", _lm_head),
     Mutant("gate and up swapped", "mlp.h", "mul(silu(g), u)", "mul(silu(u), g)", _gate_up),
@@ -75,20 +78,75 @@ MUTANTS = [
            "split.row(p.parts, item, chunk, r, D);\n        merge_row",
            "split.row(p.parts, item, chunks - 1 - chunk, r, D);\n        merge_row",
            lambda ops: attention.test_sharing_chunks_among_workers_changes_no_bit(ops, False, 0)),
-    Mutant("second K chain at M = 1", "matmul.h", "#pragma once",
+    Mutant("second K chain at M = 1", "tile_wide.h", "#pragma once",
            "#pragma once\n#define SL_MUTATE_K_UNROLL 1",
            lambda ops: matmul.test_rows_do_not_see_each_other_nor_the_workers(ops, True)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_a_broken_kernel_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
-    headers = tmp_path / "mutated"
+@dataclass(frozen=True)
+class CodedMutant:
+    """The same of the quantised kernels, with one format's number (``coded.FORMATS``)."""
+
+    name: str
+    header: str
+    old: str
+    new: str
+    number: int
+    check: Callable[[CodedLib, int], None]
+
+
+def _coded_residual(lib: CodedLib, number: int) -> None:
+    coded.test_residual_bit_for_bit(lib, number, 13, 1100, 144)
+
+
+CODED_MUTANTS = [
+    CodedMutant("skipped K block of codes", "tile_coded.h", "k < stop; k += F::kBlock",
+                "k < stop; k += F::kBlock + (k == 2 * F::kBlock ? F::kBlock : 0)", 0,
+                _coded_residual),
+    CodedMutant("scale of the neighbouring group", "formats.h",
+                "return codes + code_bytes(left);",
+                "return codes + code_bytes(left) + code_bytes(Group) + kTailBytes;",
+                2, _coded_residual),
+    CodedMutant("scale of the neighbouring activations", "tile_coded.h", "[k / F::kUnit];",
+                "[(k / F::kUnit + 1) % (p.K / F::kUnit)];", 0, _coded_residual),
+    CodedMutant("offset dropped", "tile_coded.h", "v = fma(mul(F::offsets", "fma(mul(F::offsets",
+                3, _coded_residual),
+    CodedMutant("codes not centred", "tile_coded.h", "F::kOffsets ? 0 : -F::kCentre",
+                "true ? 0 : 1", 2, _coded_residual),
+    CodedMutant("saturated group", "formats.h", "127.0f / amax", "150.0f / amax", 0,
+                coded.test_stored_activations),
+    CodedMutant("NaN becomes zero", "formats.h", "__builtin_nanf(\"\")", "0.0f", 0,
+                coded.test_stored_activations),
+    CodedMutant("unpacked without its offset", "tile_coded.h", "add(mul(scale, code), offset)",
+                "mul(scale, code)", 5,
+                lambda lib, n: coded.test_weight_only(lib, n, 3, 72, 40)),
+]  # fmt: skip
+
+
+def _mutated(mutant: Mutant | CodedMutant, folder: Path) -> Path:
+    """A copy of the headers with the edit."""
+    headers = folder / "mutated"
     shutil.copytree(INCLUDE_DIRS[0], headers)
     path = headers / "sinterlm" / mutant.header
     source = path.read_text()
     assert source.count(mutant.old) == 1, "the edit no longer fits the source: mend the mutant"
     path.write_text(source.replace(mutant.old, mutant.new))
+    return headers
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_broken_kernel_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    headers = _mutated(mutant, tmp_path)
     ops = OpLib(best_isa(), tmp_path, extra_flags=("-iquote", str(headers), "-O1"))
     with pytest.raises(AssertionError):
         mutant.check(ops)
+
+
+@pytest.mark.parametrize("mutant", CODED_MUTANTS, ids=lambda m: m.name)
+def test_a_broken_quantised_kernel_is_noticed(mutant: CodedMutant, tmp_path: Path) -> None:
+    headers = _mutated(mutant, tmp_path)
+    flags = ("-iquote", str(headers), "-O1", f"-DONLY_FORMAT={mutant.number}")
+    lib = CodedLib(best_isa(), tmp_path, extra_flags=flags)
+    with pytest.raises(AssertionError):
+        mutant.check(lib, mutant.number)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sinterlm.errors import RuntimeFault
+from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference import RefBatch, RefCache, run
 from sinterlm.runtime.batch import RowSampling, StepBatch, StepResult
 from sinterlm.runtime.model import Model
@@ -23,7 +24,7 @@ def reference_logits(tiny: Tiny, ids: list[int], precision: str) -> np.ndarray:
     batch = RefBatch(
         np.array(ids), np.arange(len(ids)), np.zeros(len(ids), np.int64), np.arange(len(ids))
     )
-    return run(tiny.plan.graph, tiny.weights, batch, RefCache(), precision)["logits"]
+    return run(tiny.plan.graph, tiny.stored(), batch, RefCache(), precision)["logits"]
 
 
 class TestAgainstReference:
@@ -55,12 +56,38 @@ class TestAgainstReference:
         error = np.sqrt(np.mean((got - twin) ** 2))
         assert error < 0.5 * np.sqrt(np.mean((got - exact) ** 2))
 
+    @pytest.mark.parametrize(
+        "name,dtype",
+        [
+            ("gqa3-tied-window", "int8"), ("odd-everything", "int4"), ("gqa5-bias", "int4-fp32"),
+            ("gqa3-tied-window", "int4-weights"),
+        ],
+    )  # fmt: skip
+    def test_quantised(self, tiny: MakeTiny, name: str, dtype: str) -> None:
+        """Far closer to the twin that codes activations where kernels do than to one that does not,
+        and that one has the same weights."""
+        made = tiny(name, dtype)
+        with made.open() as model:
+            got = prefill(model, IDS, PAGES, 64)
+        twin = reference_logits(made, IDS, made.graph.dtype)
+        error = np.sqrt(np.mean((got - twin) ** 2))
+        wide = replace(made.plan.graph, formats={})
+        floats = {
+            n: w.dequantise() if isinstance(w, CodedMatrix) else w for n, w in made.stored().items()
+        }
+        batch = RefBatch.of((0, 0, IDS))
+        batch = replace(batch, rows=np.arange(len(IDS)))
+        exact = run(wide, floats, batch, RefCache(), "fp64")["logits"]
+        assert error < 0.5 * np.sqrt(np.mean((got - exact) ** 2))
+        assert np.sqrt(np.mean((got - exact) ** 2)) < 0.1 * np.std(exact)
+
 
 class TestInvariance:
     """Row by row the same bytes, however the work is cut."""
 
     @pytest.mark.parametrize(
-        "name,dtype", [("gqa3-tied-window", "bf16"), ("odd-everything", "fp32")]
+        "name,dtype",
+        [("gqa3-tied-window", "bf16"), ("odd-everything", "fp32"), ("odd-everything", "int4")],
     )
     def test_chunks_threads_and_pages(self, tiny: MakeTiny, name: str, dtype: str) -> None:
         made = tiny(name, dtype)

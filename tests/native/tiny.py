@@ -24,9 +24,12 @@ from sinterlm.backends.cpu.toolchain import compile_library
 from sinterlm.ir.bf16 import to_bf16
 from sinterlm.ir.graph import DecoderConfig, Graph
 from sinterlm.ir.plan import Plan
+from sinterlm.ir.quant import CodedMatrix
 from sinterlm.options import IsaName
+from sinterlm.passes.formats import Scheme
 from sinterlm.passes.packing import packed_chunks
 from sinterlm.passes.pipeline import plan
+from sinterlm.passes.quantise import quantise
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
 from tests.ir.graphs import config, plain_graph, random_weights
@@ -39,13 +42,23 @@ class Tiny:
     """A bundle and all it was made of."""
 
     graph: Graph
-    weights: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]  #: as floats
     plan: Plan
     bundle: Bundle
 
     @property
     def config(self) -> DecoderConfig:
         return self.graph.config
+
+    def stored(self) -> dict[str, np.ndarray | CodedMatrix]:
+        """The weights as the bundle has them: in codes where the plan says so."""
+        formats = self.plan.graph.formats
+        return {
+            name: quantise(w, form.bits, form.group, form.symmetric)
+            if (form := formats.get(name))
+            else w
+            for name, w in self.weights.items()
+        }
 
     def open(self, **changes: Any) -> Model:
         """A Model with room for 64 tokens, 8 sequences, 64 rows, and 64 pages of 16 tokens."""
@@ -69,12 +82,22 @@ CONFIGS = {
 }  # fmt: skip
 
 
+#: dtype names beyond bf16 and fp32: the graph's dtype, and how its matrices are quantised.
+QUANTISED = {
+    "int8": ("bf16", Scheme(8, 0, "int8")),
+    "int4": ("bf16", Scheme(4, 32, "int8")),
+    "int4-fp32": ("fp32", Scheme(4, 128, "int8")),
+    "int4-weights": ("bf16", Scheme(4, 64, "graph")),
+}
+
+
 def build_tiny(
     name: str, dtype: str, isa: IsaName, folder: Path, flags: Sequence[str] = ()
 ) -> Tiny:
+    dtype, scheme = QUANTISED.get(dtype, (dtype, None))
     graph = plain_graph(CONFIGS[name], dtype)
     weights = random_weights(graph, seed=len(name))
-    made = plan(graph)
+    made = plan(graph, scheme=scheme)
     compile_library(emit(made, isa), folder / "model.so", isa, extra_flags=flags)
     write_weights(made, weights, folder / "weights.bin")
     return Tiny(graph, weights, made, bundle_of(made, isa, folder))

@@ -14,6 +14,7 @@ from sinterlm.artifact.manifest import OpCost
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Plan
+from sinterlm.ir.quant import GemmFormat
 
 FP32_BYTES = 4
 
@@ -30,7 +31,7 @@ def op_cost(op: ops.Op, graph: Graph) -> OpCost:
     row_bytes = kv_written = kv_read = pair_flops = 0
     skip: frozenset[str] = frozenset()
     if isinstance(op, ops.Embed | ops.EmbedNorm):
-        row_bytes, skip = graph.config.hidden_size * size, frozenset({op.table})
+        row_bytes, skip = _row_bytes(graph, op.table), frozenset({op.table})
     elif isinstance(op, ops.NormQkvRopeKv | ops.KvAppend):
         kv_written = kv_row
     elif isinstance(op, ops.Attention):
@@ -68,6 +69,19 @@ def _size(graph: Graph, weight: str) -> int:
 
 
 def _weight_bytes(graph: Graph, weight: str) -> int:
-    """Matrices are packed in the graph's dtype, vectors in fp32."""
-    matrix = _is_matrix(graph, weight)
-    return _size(graph, weight) * (operand_bytes(graph) if matrix else FP32_BYTES)
+    """Matrices are packed in the graph's dtype or in codes, vectors in fp32."""
+    shape = graph.weights[weight].shape
+    if _is_matrix(graph, weight):
+        return shape[0] * _row_bytes(graph, weight)
+    return shape[0] * FP32_BYTES
+
+
+def _row_bytes(graph: Graph, matrix: str) -> int:
+    """Bytes of one row of a matrix: its numbers, or its codes, scales and offsets."""
+    depth = graph.weights[matrix].shape[1]
+    form: GemmFormat | None = graph.formats.get(matrix)
+    if form is None:
+        return depth * operand_bytes(graph)
+    groups = -(-depth // form.group) if form.group else 1
+    per_group = (2 if form.group else FP32_BYTES) + (0 if form.symmetric else FP32_BYTES)
+    return -(-depth * form.bits // 8) + groups * per_group

@@ -14,12 +14,26 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class Op:
     """Base of all ops. Fields holding value names are listed in ``_reads``/``_writes`` and fields
-    holding checkpoint tensor names in ``_weights`` (in the order of the docstring)."""
+    holding checkpoint tensor names in ``_weights`` (in the order of the docstring). A fused op with
+    a GEMM or a table lists its matrices in ``_matrices`` and the value they multiply in
+    ``_operand``."""
 
     kind: ClassVar[str] = ""
     _reads: ClassVar[tuple[str, ...]] = ()
     _writes: ClassVar[tuple[str, ...]] = ()
     _weights: ClassVar[tuple[str, ...]] = ()
+    _matrices: ClassVar[tuple[str, ...]] = ()
+    _operand: ClassVar[str | None] = None
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that this op's GEMM multiplies by, or whose rows it gathers."""
+        return tuple(getattr(self, f) for f in self._matrices)
+
+    @property
+    def operand(self) -> str | None:
+        """Name of the value that the matrices multiply."""
+        return None if self._operand is None else str(getattr(self, self._operand))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -225,6 +239,7 @@ class EmbedNorm(Op):
     _reads: ClassVar[tuple[str, ...]] = ("tokens",)
     _writes: ClassVar[tuple[str, ...]] = ("x", "xw", "ssq")
     _weights: ClassVar[tuple[str, ...]] = ("table", "norm_weight")
+    _matrices: ClassVar[tuple[str, ...]] = ("table",)
     tokens: str
     x: str
     xw: str
@@ -244,6 +259,8 @@ class NormQkvRopeKv(Op):
     _weights: ClassVar[tuple[str, ...]] = (
         "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm",
     )  # fmt: skip
+    _matrices: ClassVar[tuple[str, ...]] = ("q_weight", "k_weight", "v_weight")
+    _operand: ClassVar[str | None] = "xw"
     xw: str
     ssq: str
     positions: str
@@ -273,6 +290,8 @@ class OResidual(Op):
     _reads: ClassVar[tuple[str, ...]] = ("y", "x")
     _writes: ClassVar[tuple[str, ...]] = ("x_out", "xw", "ssq")
     _weights: ClassVar[tuple[str, ...]] = ("weight", "bias", "norm_weight")
+    _matrices: ClassVar[tuple[str, ...]] = ("weight",)
+    _operand: ClassVar[str | None] = "y"
     y: str
     x: str
     x_out: str
@@ -292,6 +311,8 @@ class NormGateUpAct(Op):
     _reads: ClassVar[tuple[str, ...]] = ("xw", "ssq")
     _writes: ClassVar[tuple[str, ...]] = ("h",)
     _weights: ClassVar[tuple[str, ...]] = ("gate_weight", "up_weight", "gate_bias", "up_bias")
+    _matrices: ClassVar[tuple[str, ...]] = ("gate_weight", "up_weight")
+    _operand: ClassVar[str | None] = "xw"
     xw: str
     ssq: str
     h: str
@@ -311,6 +332,8 @@ class DownResidual(Op):
     _reads: ClassVar[tuple[str, ...]] = ("h", "x")
     _writes: ClassVar[tuple[str, ...]] = ("x_out", "xw", "ssq")
     _weights: ClassVar[tuple[str, ...]] = ("weight", "bias", "norm_weight")
+    _matrices: ClassVar[tuple[str, ...]] = ("weight",)
+    _operand: ClassVar[str | None] = "h"
     h: str
     x: str
     x_out: str
@@ -330,6 +353,8 @@ class NormLmHeadSample(Op):
     _reads: ClassVar[tuple[str, ...]] = ("xw", "ssq", "rows")
     _writes: ClassVar[tuple[str, ...]] = ("ids",)
     _weights: ClassVar[tuple[str, ...]] = ("weight",)
+    _matrices: ClassVar[tuple[str, ...]] = ("weight",)
+    _operand: ClassVar[str | None] = "xw"
     xw: str
     ssq: str
     rows: str

@@ -6,6 +6,8 @@ Precisions:
   bf16  rounds to bf16 exactly where kernels do: matrices and embedding rows; the operands of every
         GEMM (normed or norm-weighted x, attention's y, h); q, k, v; attention probabilities before
         they weigh v. All else, sums included, is float32.
+A GEMM of a graph with formats multiplies what its codes stand for: activations become codes where
+kernels store them (``reference_codes``), and weights are given as CodedMatrix. At fp64 too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 
 from sinterlm.ir.bf16 import from_bf16, round_bf16
 from sinterlm.ir.graph import Graph
+from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference_attention import RefCache
+from sinterlm.ir.reference_codes import code_rows
 from sinterlm.ir.reference_ops import Context, RefBatch, evaluate
 
 Array = NDArray[Any]
@@ -31,14 +35,22 @@ class Reference:
     """A graph with weights, ready to step. The precision is the caller's, not the graph's."""
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, Array], precision: Precision = "fp32"
+        self,
+        graph: Graph,
+        weights: Mapping[str, Array | CodedMatrix],
+        precision: Precision = "fp32",
     ) -> None:
-        """``weights`` holds each tensor by name: floats, or uint16 for bf16 bits."""
+        """``weights`` holds each tensor by name: floats, uint16 for bf16 bits, or codes."""
         self.graph = graph
         self._weights = weights
         self._dtype = np.float64 if precision == "fp64" else np.float32
         self._narrow: Callable[[Array], Array] = round_bf16 if precision == "bf16" else _same
         self._matrices: dict[str, Array] = {}
+        self._operands = {
+            op.operand: graph.formats[op.matrices[0]]
+            for op in graph.ops
+            if op.operand is not None and op.matrices[0] in graph.formats
+        }
 
     def step(self, batch: RefBatch, cache: RefCache) -> dict[str, Array]:
         """Every value of the graph by name after one step, and ``logits`` [R, V] in any case.
@@ -53,7 +65,9 @@ class Reference:
             config=self.graph.config,
             dtype=self._dtype,
             narrow=self._narrow,
+            operand=self._operand,
             matrix=self._matrix,
+            table=self._table,
             vector=self._vector,
             batch=batch,
             cache=cache,
@@ -64,21 +78,42 @@ class Reference:
             context.values.update(zip(op.writes, written, strict=True))
         return context.values
 
+    def _operand(self, name: str, values: Array) -> Array:
+        form = self._operands.get(name)
+        if form is None or form.act == "graph":
+            return self._narrow(values)
+        coded = code_rows(values, form).dequantise()
+        return coded[:, : values.shape[1]].astype(self._dtype)
+
+    def _table(self, name: str) -> Array:
+        stored = self._weights[name]
+        if isinstance(stored, CodedMatrix):
+            return stored.dequantise().astype(self._dtype)
+        return self._matrix(name)
+
     def _vector(self, name: str) -> Array:
         stored = self._weights[name]
+        assert not isinstance(stored, CodedMatrix), f"{name} is no vector"
         wide = from_bf16(stored) if stored.dtype == np.uint16 else stored
         return wide.astype(self._dtype, copy=False)
 
     def _matrix(self, name: str) -> Array:
-        """Rounded once and kept."""
+        """Rounded once and kept. What codes stand for is rounded only where it meets ``narrow``
+        operands."""
         if name not in self._matrices:
-            self._matrices[name] = self._narrow(self._vector(name))
+            stored = self._weights[name]
+            if isinstance(stored, CodedMatrix):
+                wide: Array = stored.dequantise().astype(self._dtype)
+                is_dot = self.graph.formats[name].act == "int8"
+                self._matrices[name] = wide if is_dot else self._narrow(wide)
+            else:
+                self._matrices[name] = self._narrow(self._vector(name))
         return self._matrices[name]
 
 
 def run(
     graph: Graph,
-    weights: Mapping[str, Array],
+    weights: Mapping[str, Array | CodedMatrix],
     batch: RefBatch,
     cache: RefCache,
     precision: Precision = "fp32",

@@ -54,8 +54,10 @@ class Context:
 
     config: DecoderConfig
     dtype: type[np.floating[Any]]  #: of everything that is not narrow
-    narrow: Callable[[Array], Array]  #: rounds a GEMM operand; returns dtype
+    narrow: Callable[[Array], Array]  #: rounds q, k, v, probabilities, operands; returns dtype
+    operand: Callable[[str, Array], Array]  #: a value by name as the GEMM that reads it sees it
     matrix: Callable[[str], Array]  #: a checkpoint tensor as a GEMM operand
+    table: Callable[[str], Array]  #: an embedding table; what codes stand for is not rounded
     vector: Callable[[str], Array]  #: a checkpoint tensor (norm weight, bias) as it is
     batch: RefBatch
     cache: RefCache
@@ -118,7 +120,7 @@ def _(op: ops.Attention, c: Context) -> tuple[Array, ...]:
         k, v = c.cache.read(op.layer, int(seq))
         mask = visible(batch.positions[mine], len(k), op.window)
         y[mine] = attend(q[mine], k, v, mask, op.scale, c.narrow)
-    return (c.narrow(merge_heads(y)),)
+    return (c.operand(op.y, merge_heads(y)),)
 
 
 @evaluate.register
@@ -146,13 +148,13 @@ def _(op: ops.Sample, c: Context) -> tuple[Array, ...]:
 
 @evaluate.register
 def _(op: ops.SplitNorm, c: Context) -> tuple[Array, ...]:
-    return by_products(c, c.values[op.x], op.norm_weight)
+    return by_products(c, c.values[op.x], op)
 
 
 @evaluate.register
 def _(op: ops.EmbedNorm, c: Context) -> tuple[Array, ...]:
-    x = c.matrix(op.table)[c.values[op.tokens]]
-    return (x, *by_products(c, x, op.norm_weight))
+    x = c.table(op.table)[c.values[op.tokens]]
+    return (x, *by_products(c, x, op))
 
 
 @evaluate.register
@@ -175,7 +177,7 @@ def _(op: ops.NormQkvRopeKv, c: Context) -> tuple[Array, ...]:
 @evaluate.register
 def _(op: ops.OResidual, c: Context) -> tuple[Array, ...]:
     x = c.values[op.x] + c.linear(c.values[op.y], op.weight, op.bias)
-    return (x, *by_products(c, x, op.norm_weight))
+    return (x, *by_products(c, x, op))
 
 
 @evaluate.register
@@ -186,13 +188,13 @@ def _(op: ops.NormGateUpAct, c: Context) -> tuple[Array, ...]:
         gate = gate + c.vector(op.gate_bias)
     if op.up_bias is not None:
         up = up + c.vector(op.up_bias)
-    return (c.narrow(silu(gate) * up),)
+    return (c.operand(op.h, silu(gate) * up),)
 
 
 @evaluate.register
 def _(op: ops.DownResidual, c: Context) -> tuple[Array, ...]:
     x = c.values[op.x] + c.linear(c.values[op.h], op.weight, op.bias)
-    return (x, *by_products(c, x, op.norm_weight))
+    return (x, *by_products(c, x, op))
 
 
 @evaluate.register
@@ -212,10 +214,14 @@ def rms_norm(x: Array, eps: float) -> Array:
     return np.asarray(x / np.sqrt(mean + x.dtype.type(eps)))
 
 
-def by_products(c: Context, x: Array, norm_weight: str) -> tuple[Array, Array]:
-    """xw [T, H] = narrow(x * norm_weight) and ssq [T, H/16] = sums of 16 squares of x [T, H]."""
+def by_products(
+    c: Context, x: Array, op: ops.SplitNorm | ops.EmbedNorm | ops.OResidual | ops.DownResidual
+) -> tuple[Array, Array]:
+    """xw [T, H] = x * norm_weight as its reader sees it, and ssq [T, H/16] = sums of 16 squares of
+    x [T, H]."""
     starts = np.arange(0, x.shape[1], LANES)
-    return c.narrow(x * c.vector(norm_weight)), np.add.reduceat(x * x, starts, axis=1)
+    xw = c.operand(op.xw, x * c.vector(op.norm_weight))
+    return xw, np.add.reduceat(x * x, starts, axis=1)
 
 
 def rstd(c: Context, ssq: str, eps: float) -> Array:

@@ -92,26 +92,13 @@ def choose_formats(
     scheme, stored = scheme or Scheme(), stored or {}
     formats: dict[str, GemmFormat] = {}
     for op in graph.ops:
-        kept = {scheme.keep(op, stored[n]) if n in stored else None for n in matrices(op)}
+        kept = {scheme.keep(op, stored[n]) if n in stored else None for n in op.matrices}
         form = kept.pop() if len(kept) == 1 else None
         form = form or scheme.format(op)
         if form is not None:
             form = _fit_heads(op, form, graph.config.head_dim)
-            formats |= dict.fromkeys(matrices(op), form)
+            formats |= dict.fromkeys(op.matrices, form)
     return replace(graph, formats=formats)
-
-
-def matrices(op: ops.Op) -> tuple[str, ...]:
-    """The matrices that a fused op multiplies by, or gathers rows of."""
-    if isinstance(op, ops.EmbedNorm):
-        return (op.table,)
-    if isinstance(op, ops.NormQkvRopeKv):
-        return (op.q_weight, op.k_weight, op.v_weight)
-    if isinstance(op, ops.NormGateUpAct):
-        return (op.gate_weight, op.up_weight)
-    if isinstance(op, ops.OResidual | ops.DownResidual | ops.NormLmHeadSample):
-        return (op.weight,)
-    return ()
 
 
 def _is_end(op: ops.Op) -> bool:

@@ -15,7 +15,6 @@ from sinterlm.ir import ops
 from sinterlm.ir.cost import FP32_BYTES, operand_bytes
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Buffer, MemoryPlan
-from sinterlm.passes.formats import matrices
 from sinterlm.passes.layout import LANES, PANEL, hidden_width, round_up
 
 ALIGN = 64  #: bytes
@@ -126,7 +125,7 @@ def operand_row_bytes(graph: Graph, width: int, readers: tuple[type[ops.Op], ...
     sizes = {0}
     for op in graph.ops:
         if isinstance(op, readers):
-            form = graph.formats.get(matrices(op)[0])
+            form = graph.formats.get(op.matrices[0])
             in_codes = form is not None and form.act == "int8"
             wide = width * operand_bytes(graph)
             sizes.add(form.operand_row_bytes(width) if form and in_codes else wide)

@@ -17,6 +17,7 @@ from sinterlm.ir.ops import (
     Op,
     OResidual,
 )
+from sinterlm.ir.quant import GemmFormat
 
 #: What each op computes, as a comment; {} are shapes.
 MEANING = {
@@ -29,50 +30,54 @@ MEANING = {
     "norm_lm_head_sample": "logits[R, {V}] = (xw[rows] @ lm_head) * rstd; then the draw",
 }
 
-#: Kernel and argument struct of each op. The first takes <E>, or <E, D> where it says so.
+#: Kernel and argument struct of each op. {F} is the format of its own GEMM (or table), {Next} that
+#: of the GEMM which reads what it writes.
 KERNELS = {
-    "embed_norm": ("embed_norm<E>", "EmbedArgs"),
-    "norm_qkv_rope_kv": ("norm_qkv_rope_kv<E, D>", "QkvArgs"),
-    "attention": ("attention<E, D>", "AttentionArgs"),
-    "o_residual": ("residual_matmul<E>", "ResidualArgs"),
-    "norm_gate_up_act": ("norm_gate_up_act<E>", "GateUpArgs"),
-    "down_residual": ("residual_matmul<E>", "ResidualArgs"),
-    "norm_lm_head_sample": ("lm_head<E>", "LmHeadArgs"),
+    "embed_norm": ("embed_norm", "EmbedArgs<{F}, {Next}>"),
+    "norm_qkv_rope_kv": ("norm_qkv_rope_kv<E, D>", "QkvArgs<E, {F}>"),
+    "attention": ("attention<E, D>", "AttentionArgs<E, {Next}>"),
+    "o_residual": ("residual_matmul", "ResidualArgs<{F}, {Next}>"),
+    "norm_gate_up_act": ("norm_gate_up_act", "GateUpArgs<{F}, {Next}>"),
+    "down_residual": ("residual_matmul", "ResidualArgs<{F}, {Next}>"),
+    "norm_lm_head_sample": ("lm_head", "LmHeadArgs<{F}>"),
 }
 
-_STREAM = "s.stream(buf::x, buf::xw, buf::ssq)"
+_STREAM = "s.stream<{Next}, Hp, pitch::xw>(buf::x, buf::xw, buf::ssq)"
+_XW = "s.rows_of<{F}, Hp, pitch::xw>(buf::xw)"
+_Y = "s.rows_of<{F}, Qp, pitch::y>(buf::y)"
+_H = "s.rows_of<{F}, Fp, pitch::h>(buf::h)"
 
 #: Fields of each argument struct that depend on nothing but the op's kind.
 FIXED = {
     "embed_norm": (("out", _STREAM), ("H", "H"), ("Hp", "Hp")),
     "norm_qkv_rope_kv": (
-        ("xw", "s.buffer<E>(buf::xw)"), ("ssq", "s.buffer<float>(buf::ssq)"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"),
         ("cos", "s.cos"), ("sin", "s.sin"), ("q", "s.buffer<E>(buf::q)"), ("pages", "pages"),
         ("eps", "s.eps"), ("qk_eps", "s.qk_eps"), ("H", "H"), ("Hp", "Hp"), ("Hq", "Hq"),
         ("Hkv", "Hkv"), ("Qp", "Qp"),
     ),
     "attention": (
-        ("q", "s.buffer<E>(buf::q)"), ("y", "s.buffer<E>(buf::y)"), ("pages", "pages"),
+        ("q", "s.buffer<E>(buf::q)"), ("y", _Y.format(F="{Next}")), ("pages", "pages"),
         ("scale", "s.scale"), ("window", "s.windows[i]"), ("Hq", "Hq"), ("Hkv", "Hkv"),
         ("Qp", "Qp"), ("parts", "s.parts"), ("parts_floats", "s.parts_floats"),
     ),
     "o_residual": (
-        ("a", "s.buffer<E>(buf::y)"), ("x", "s.buffer<float>(buf::x)"), ("out", _STREAM),
+        ("a", _Y), ("x", "s.buffer<float>(buf::x)"), ("out", _STREAM),
         ("K", "Qp"), ("Hp", "Hp"),
     ),
     "norm_gate_up_act": (
-        ("xw", "s.buffer<E>(buf::xw)"), ("ssq", "s.buffer<float>(buf::ssq)"),
-        ("h", "s.buffer<E>(buf::h)"), ("eps", "s.eps"), ("H", "H"), ("Hp", "Hp"), ("Fp", "Fp"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"),
+        ("h", _H.format(F="{Next}")), ("eps", "s.eps"), ("H", "H"), ("Hp", "Hp"), ("Fp", "Fp"),
     ),
     "down_residual": (
-        ("a", "s.buffer<E>(buf::h)"), ("x", "s.buffer<float>(buf::x)"), ("out", _STREAM),
+        ("a", _H), ("x", "s.buffer<float>(buf::x)"), ("out", _STREAM),
         ("K", "Fp"), ("Hp", "Hp"),
     ),
     "norm_lm_head_sample": (
-        ("xw", "s.buffer<E>(buf::xw)"), ("ssq", "s.buffer<float>(buf::ssq)"), ("rows", "s.rows"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"), ("rows", "s.rows"),
         ("num_rows", "s.num_rows"), ("logits", "s.row_buffer<float>(buf::logits)"),
-        ("gathered", "s.row_buffer<E>(buf::gathered)"), ("eps", "s.head_eps"), ("H", "H"),
-        ("Hp", "Hp"), ("V", "V"), ("Vp", "Vp"),
+        ("gathered", "s.gathered<{F}, Hp, pitch::gathered>(buf::gathered)"),
+        ("eps", "s.head_eps"), ("H", "H"), ("Hp", "Hp"), ("V", "V"), ("Vp", "Vp"),
     ),
 }  # fmt: skip
 
@@ -134,6 +139,16 @@ def _residual(
         WeightField("bias", f"{column}_bias", f"{at}_bias", op.bias),
         WeightField("norm_weight", norm_column, norm, op.norm_weight),
     ]
+
+
+def format_type(form: GemmFormat | None) -> str:
+    """The C++ type of a format (``formats.h``); None: wide."""
+    if form is None:
+        return "Wide<E>"
+    weights = f"{form.bits}, {form.group}, {'false' if form.symmetric else 'true'}"
+    if form.act == "graph":
+        return f"WeightOnly<E, {weights}>"
+    return f"Coded<{weights}, {form.act_group}>"
 
 
 def op_name(kind: str) -> str:

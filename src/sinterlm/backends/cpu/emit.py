@@ -7,6 +7,7 @@ checkpoint: fine-tunes of one shape share it. Refuses plans whose layers differ 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from sinterlm.backends.cpu.calls import (
@@ -15,6 +16,7 @@ from sinterlm.backends.cpu.calls import (
     MEANING,
     WeightField,
     fault,
+    format_type,
     op_name,
     weight_fields,
 )
@@ -30,6 +32,7 @@ MAX_GROUP = 48
 
 _TOKEN_BUFFERS = ("x", "xw", "ssq", "q", "y", "h")
 _ROW_BUFFERS = ("logits", "gathered")
+_OPERANDS = (("T", "xw"), ("T", "y"), ("T", "h"), ("R", "gathered"))
 
 
 def emit(plan: Plan, isa: str) -> str:
@@ -55,10 +58,6 @@ class _Emitter:
         ops = plan.graph.ops
         self.kinds = tuple(dict.fromkeys(op.kind for op in ops))
         config = self.config
-        if plan.graph.formats:
-            raise UnsupportedModelError(
-                "the CPU kernels do not read quantised weights yet; leave --quantization out"
-            )
         if (
             config.head_dim % LANES
             or config.num_heads % config.num_kv_heads
@@ -94,6 +93,7 @@ class _Emitter:
             "",
             "struct Net {",
             "  using Element = E;",
+            *self.formats(),
             *self.spec(),
             "",
             *self.forward(),
@@ -130,7 +130,11 @@ class _Emitter:
         for unit, names in (("T", _TOKEN_BUFFERS), ("R", _ROW_BUFFERS)):
             pairs = ", ".join(f"{name} = {self._buffer(unit, name)}" for name in names)
             lines.append(f"constexpr int64_t {pairs};")
-        return [*lines, "}  // namespace buf"]
+        lines += ["}  // namespace buf", "// Bytes from row to row of what GEMMs read.",
+                  "namespace pitch {"]  # fmt: skip
+        for key in _OPERANDS:
+            lines.append(f"constexpr int64_t {key[1]} = {self.buffers[key].nbytes};")
+        return [*lines, "}  // namespace pitch"]
 
     def weight_table(self) -> list[str]:
         """Byte offsets of the packed weights: once outside layers, a row per layer inside."""
@@ -152,6 +156,18 @@ class _Emitter:
         numbers = [f"  {op_name(kind)}," for kind in self.kinds]
         return ["constexpr const char* kOpNames[] = {", *names, "};", "enum Op {", *numbers, "};"]
 
+    def formats(self) -> list[str]:
+        """Formats that the ABI functions need: of the head, and of most weights."""
+        sizes: Counter[str] = Counter()
+        for op in self.plan.graph.ops:
+            for name in op.matrices:
+                rows, depth = self.plan.graph.weights[name].shape
+                sizes[self._format(op)] += rows * depth
+        return [
+            f"  using Head = {self._format(self.tail[0])};",
+            f"  using Main = {sizes.most_common(1)[0][0]};",
+        ]
+
     def spec(self) -> list[str]:
         """The facts that the ABI functions need."""
         layout, memory = self.plan.layout, self.plan.memory
@@ -162,7 +178,7 @@ class _Emitter:
             f"      kLayers, H, Hp, Hq, Hkv, D, F, Fp, V, Vp, {qk_norm},",
             f"      {layout.layout_hash}ull, {layout.nbytes},",
             f"      {memory.bytes_per_token}, {memory.bytes_per_row},",
-            "      buf::x, buf::xw, buf::ssq, "
+            "      buf::x, buf::xw, buf::ssq, pitch::xw, "
             f"{self._tensor('final_norm').offset}, buf::logits, buf::gathered,",
             f"      {len(self.kinds)}, kOpNames}};",
         ]
@@ -173,21 +189,23 @@ class _Emitter:
                  "  static void forward(Worker& w, const Run<E>& s) {"]  # fmt: skip
         for op in self.head:
             lines += self._call(op, "    ", in_layer=False)
-        lines += [
-            "    for (int i = 0; i < kLayers; ++i) {",
-            "      const Layer& l = kLayer[i];",
-            "      const Pages<E> pages = s.pages(i);",
-        ]
-        for op in self.body[0]:
-            lines += self._call(op, "      ", in_layer=True)
-        return [*lines, "    }", "  }"]
+        for first, last in self._runs():
+            lines += [
+                f"    for (int i = {first}; i < {last}; ++i) {{",
+                "      const Layer& l = kLayer[i];",
+                "      const Pages<E> pages = s.pages(i);",
+            ]
+            for op in self.body[first]:
+                lines += self._call(op, "      ", in_layer=True)
+            lines.append("    }")
+        return [*lines, "  }"]
 
     def head_function(self) -> list[str]:
         """Logits of the rows that are sampled."""
         op = self.tail[0]
         body = self._call(op, "    ", in_layer=False)
-        at = next(i for i, line in enumerate(body) if "lm_head<E>(w" in line)
-        body[at:at] = ["      gather_rows<E>(w, a);", "      w.barrier();"]
+        at = next(i for i, line in enumerate(body) if "lm_head(w" in line)
+        body[at:at] = ["      gather_rows(w, a);", "      w.barrier();"]
         return ["  // Logits of s.rows. The draw follows in sl_step.",
                 "  static void head(Worker& w, const Run<E>& s) {", *body, "  }"]  # fmt: skip
 
@@ -202,17 +220,20 @@ class _Emitter:
             F=c.intermediate_size, V=c.vocab_size,
         )  # fmt: skip
         fields = [] if isinstance(op, NormLmHeadSample) else [("batch", "s.batch")]
+        types = {"F": self._format(op), "Next": self._next_format(op)}
         for w in self._weights(op):
             if w.source is not None:
-                kind = "float" if self._tensor(w.tensor).kind == "vector" else "E"
+                tensor = self._tensor(w.tensor)
+                kind = "float" if tensor.kind == "vector" else "uint8_t" if tensor.format else "E"
                 where = f"l.{w.column}" if in_layer else w.column
                 fields.append((w.field, f"s.weight<{kind}>({where})"))
         if op.kind == "embed_norm":
-            fields.append(("table_is_panels", "true" if self._tied() else "false"))
-        fields += FIXED[op.kind]
+            in_panels = self._tensor(self._weights(op)[0].tensor).kind == "panels"
+            fields.append(("table_is_panels", "true" if in_panels else "false"))
+        fields += [(name, value.format(**types)) for name, value in FIXED[op.kind]]
         return [
             f"{indent}{{  // {op.kind}: {meaning}",
-            f"{indent}  {struct}<E> a{{}};",
+            f"{indent}  {struct.format(**types)} a{{}};",
             *(f"{indent}  a.{name} = {value};" for name, value in fields),
             f"{indent}  {kernel}(w, a);",
             f"{indent}  s.done(w, {op_name(op.kind)});",
@@ -221,6 +242,21 @@ class _Emitter:
 
     def _weights(self, op: Op) -> list[WeightField]:
         return weight_fields(op, self.config.num_layers, self._tied())
+
+    def _format(self, op: Op) -> str:
+        """The format of an op's own GEMM or table."""
+        return format_type(self.plan.graph.formats.get(op.matrices[0]) if op.matrices else None)
+
+    def _next_format(self, op: Op) -> str:
+        """The format of the GEMM that multiplies what ``op`` writes; wide where none does."""
+        readers = (o for o in self.plan.graph.ops if o.operand in op.writes)
+        return next(map(self._format, readers), format_type(None))
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """Layers [first, last) that share a loop: consecutive ones of the same formats."""
+        formats = [[(self._format(o), self._next_format(o)) for o in ops] for ops in self.body]
+        starts = [i for i in range(len(formats)) if i == 0 or formats[i] != formats[i - 1]]
+        return list(zip(starts, [*starts[1:], len(formats)], strict=True))
 
     # -- look-ups, each refusing what is not there -----------------------------------------------
 

@@ -1,7 +1,8 @@
 // What the emitted forward pass hands to each kernel: plain structs of pointers, with shapes.
 //
-// E is the element type of GEMM operands and KV: bf16 (stored as uint16_t in sl::bf16) or float.
-// T tokens in the step, H hidden, F intermediate, D head size, Hq/Hkv heads, V vocabulary.
+// E is the element type of KV and of wide GEMM operands: bf16 (uint16_t in sl::bf16) or float. F is
+// the format of a GEMM's operands (formats.h), Next that of the GEMM that reads what this op
+// writes. T tokens in the step, H hidden, F intermediate, D head size, Hq/Hkv heads, V vocabulary.
 // Widths of activations are padded: Hp, Fp, Qp (= round16(Hq * D)); padded lanes hold zeros.
 #pragma once
 #include <cstdint>
@@ -41,30 +42,39 @@ struct Pages {
   int page_tokens;
 };
 
+// The left operand of a GEMM of format F: [T][K] in some form, a row every `pitch` bytes.
+template <class F>
+struct Rows {
+  char* data;
+  int64_t pitch;
+  char* row(int64_t t) const { return data + t * pitch; }
+};
+
 // The residual stream and the two by-products every producer of it writes for the next norm.
-template <class E>
+template <class F>
 struct Stream {
   float* x;    // [T][Hp]
-  E* xw;       // [T][Hp]      cast(x * norm_weight)
+  Rows<F> xw;  // [T][Hp]      x * norm_weight
   float* ssq;  // [T][Hp / 16] sum of squares of each 16 columns of x
 };
 
-template <class E>
+template <class F, class Next>
 struct EmbedArgs {
   const Batch* batch;
-  const E* table;  // rows [V][Hp], or panels when tied
+  const typename F::Weight* table;  // rows [V][Hp], or panels when tied or in codes
   bool table_is_panels;
   const float* norm_weight;  // [Hp]
-  Stream<E> out;
+  Stream<Next> out;
   int H, Hp;
 };
 
-template <class E>
+template <class E, class F>
 struct QkvArgs {
   const Batch* batch;
-  const E* xw;          // [T][Hp]
-  const float* ssq;     // [T][Hp / 16]
-  const E* weight;      // panels; per kv head: G query heads, k, v; each head padded to 16 columns
+  Rows<F> xw;        // [T][Hp]
+  const float* ssq;  // [T][Hp / 16]
+  const typename F::Weight*
+      weight;           // panels; per kv head: G query heads, k, v; each head padded to 16 columns
   const float* bias;    // vector in packed column order, or null
   const float* q_norm;  // [D] or null
   const float* k_norm;  // [D] or null
@@ -76,11 +86,11 @@ struct QkvArgs {
   int H, Hp, Hq, Hkv, Qp;
 };
 
-template <class E>
+template <class E, class Next>
 struct AttentionArgs {
   const Batch* batch;
-  const E* q;  // [T][Qp]
-  E* y;        // [T][Qp]
+  const E* q;    // [T][Qp]
+  Rows<Next> y;  // [T][Qp]
   Pages<E> pages;
   float scale;
   int window;  // 0 = full
@@ -90,39 +100,39 @@ struct AttentionArgs {
 };
 
 // o_residual and down_residual: out.x = x + a @ W^T + bias.
-template <class E>
+template <class F, class Next>
 struct ResidualArgs {
   const Batch* batch;
-  const E* a;                // [T][K], K padded
-  const E* weight;           // panels [N/64][K/P][64][P]
-  const float* bias;         // [N] or null
-  const float* norm_weight;  // [Hp]
-  const float* x;            // [T][Hp], may equal out.x
-  Stream<E> out;
+  Rows<F> a;                         // [T][K], K padded
+  const typename F::Weight* weight;  // panels
+  const float* bias;                 // [N] or null
+  const float* norm_weight;          // [Hp]
+  const float* x;                    // [T][Hp], may equal out.x
+  Stream<Next> out;
   int K, Hp;
 };
 
-template <class E>
+template <class F, class Next>
 struct GateUpArgs {
   const Batch* batch;
-  const E* xw;        // [T][Hp]
-  const float* ssq;   // [T][Hp / 16]
-  const E* weight;    // panels, interleaved: 64 gate columns, 64 up columns, ...
-  const float* bias;  // in packed column order, or null
-  E* h;               // [T][Fp]
+  Rows<F> xw;                        // [T][Hp]
+  const float* ssq;                  // [T][Hp / 16]
+  const typename F::Weight* weight;  // panels, interleaved: 64 gate columns, 64 up columns, ...
+  const float* bias;                 // in packed column order, or null
+  Rows<Next> h;                      // [T][Fp]
   float eps;
   int H, Hp, Fp;  // Fp a multiple of 64
 };
 
-template <class E>
+template <class F>
 struct LmHeadArgs {
-  const E* xw;          // [T][Hp]
+  Rows<F> xw;           // [T][Hp]
   const float* ssq;     // [T][Hp / 16]
   const int32_t* rows;  // [R] token index of each row
   int num_rows;
-  const E* weight;  // panels [Vp/64]...
-  float* logits;    // [R][Vp]; columns >= V are not to be read
-  E* gathered;      // [R][Hp] scratch for the rows' operands
+  const typename F::Weight* weight;  // panels [Vp/64]...
+  float* logits;                     // [R][Vp]; columns >= V are not to be read
+  Rows<F> gathered;                  // [R][Hp] scratch for the rows' operands
   float eps;
   int H, Hp, V, Vp;
 };

@@ -46,9 +46,9 @@ inline void score_chunk(AttentionScratch<E, D>& s, int rows, const Batch& b, con
     const Slot<E> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int left = round_up(keys.last - pos, kLanes);
     const int n = std::min(left, pages.page_tokens - slot.index);
-    panel_rows<E>(rows, n / kLanes, s.query[0], D, slot.page + int64_t(slot.index) * D,
-                  kLanes * kPair<E>, int64_t(D) * kLanes, D, s.score[0] + (pos - keys.base), kChunk,
-                  false);
+    panel_rows(rows, n / kLanes,
+               WideTile<E>{s.query[0], D, slot.page + int64_t(slot.index) * D, kLanes * kPair<E>,
+                           int64_t(D) * kLanes, D, s.score[0] + (pos - keys.base), kChunk, false});
     pos += n;
   }
 }
@@ -88,8 +88,9 @@ inline void weigh_chunk(AttentionScratch<E, D>& s, int rows, const Batch& b, con
     const Slot<E> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int n = std::min(keys.last - pos, pages.page_tokens - slot.index);
     const E* v = slot.page + int64_t(pages.page_tokens) * D + int64_t(slot.index) * D;
-    panel_rows<E>(rows, D / kLanes, s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
-                  round_up(n, P), s.part[0], D, more);
+    panel_rows(rows, D / kLanes,
+               WideTile<E>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
+                           round_up(n, P), s.part[0], D, more});
     more = true;
     pos += n;
   }
@@ -127,8 +128,9 @@ inline ChunkRange chunks_of(const QueryBlock& q, int window) {
   return {start / kChunk * kChunk, end, start, end};
 }
 
-template <class E, int D>
-inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q) {
+template <class E, int D, class Next>
+inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+                       const QueryBlock& q) {
   for (int r = 0; r < q.rows(); ++r) {
     const E* from = p.q + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
     std::memcpy(s.query[r], from, sizeof(E) * D);
@@ -136,9 +138,9 @@ inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, con
 }
 
 // One chunk of one block: leaves part, part_max, part_sum of every row.
-template <class E, int D>
-inline void attend_chunk(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q,
-                         const ChunkRange& range, int base) {
+template <class E, int D, class Next>
+inline void attend_chunk(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+                         const QueryBlock& q, const ChunkRange& range, int base) {
   const KeyRange keys{base, std::max(base, range.start / kLanes * kLanes),
                       std::min(base + kChunk, range.end)};
   score_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
@@ -158,12 +160,16 @@ inline void start_rows(AttentionScratch<E, D>& s, int rows) {
   }
 }
 
-template <class E, int D>
-inline void store_rows(AttentionScratch<E, D>& s, const AttentionArgs<E>& p, const QueryBlock& q) {
+template <class E, int D, class Next>
+inline void store_rows(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+                       const QueryBlock& q) {
   for (int r = 0; r < q.rows(); ++r) {
-    E* to = p.y + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
+    static_assert(D % Next::kUnit == 0, "a head must be whole groups of activations");
     const Vec scale = set1(1.0f / s.sum[r]);
-    for (int i = 0; i < D; i += kLanes) store_elems(to + i, mul(load(s.out[r] + i), scale));
+    for (int i = 0; i < D; i += kLanes) store(s.out[r] + i, mul(load(s.out[r] + i), scale));
+    const int first = (q.kv_head * q.G + r % q.G) * D;
+    for (int i = 0; i < D; i += Next::kUnit)
+      Next::store(p.y.row(q.t0 + r / q.G), p.Qp, first + i, s.out[r] + i);
   }
 }
 
@@ -211,8 +217,9 @@ struct Split {
 
 // Few blocks, long contexts: chunks are the items, merged in order afterwards. The same sums in the
 // same order as attend_blocks, so which of the two runs does not show in the result.
-template <class E, int D>
-void attend_split(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks, const Split& split) {
+template <class E, int D, class Next>
+void attend_split(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& blocks,
+                  const Split& split) {
   auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
   w.for_each(blocks.items() * split.chunks, [&](int i) {
     const int item = i / split.chunks, chunk = i % split.chunks;
@@ -242,8 +249,8 @@ void attend_split(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks, co
   });
 }
 
-template <class E, int D>
-void attend_blocks(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks) {
+template <class E, int D, class Next>
+void attend_blocks(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& blocks) {
   auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
   w.for_each(blocks.items(), [&](int item) {
     const QueryBlock q = blocks[item];
@@ -258,8 +265,8 @@ void attend_blocks(Worker& w, const AttentionArgs<E>& p, const Blocks& blocks) {
   });
 }
 
-template <class E, int D>
-void attention(Worker& w, const AttentionArgs<E>& p) {
+template <class E, int D, class Next>
+void attention(Worker& w, const AttentionArgs<E, Next>& p) {
   const Blocks blocks(*p.batch, p.Hq, p.Hkv);
   if (blocks.items() < 4 * w.count && w.count > 1) {
     const Split split(blocks, p.window);

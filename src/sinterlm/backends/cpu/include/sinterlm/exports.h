@@ -101,7 +101,7 @@ sl_status sl_head(sl_model* model, const sl_head_args* args) {
 sl_status sl_probe(sl_model* model, double seconds, double* gflops, double* gbytes) {
   return sl::guarded([&] {
     if (!model) return sl::fail(SL_INVALID, "sl_probe: a required pointer is null");
-    return sl::probe<sl::Net::Element>(*model->impl, seconds, gflops, gbytes);
+    return sl::probe<sl::Net::Main>(*model->impl, seconds, gflops, gbytes);
   });
 }
 

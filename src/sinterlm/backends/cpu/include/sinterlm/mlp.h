@@ -5,10 +5,10 @@
 namespace sl {
 
 // Columns [c0, c1) of F: gate is panel 2 * (c / 64), up the panel after it.
-template <class E>
-void norm_gate_up_act(Worker& w, const GateUpArgs<E>& p) {
+template <class F, class Next>
+void norm_gate_up_act(Worker& w, const GateUpArgs<F, Next>& p) {
   const int rows = p.batch->num_tokens;
-  const Cut cut(p.Fp, rows, kPanelCols, kLanes, w.count);
+  const Cut cut(p.Fp, rows, kPanelCols, Next::kUnit, w.count);
   float* gate = static_cast<float*>(w.scratch);
   float* up = gate + kRowBlock * kPanelCols;
   float* rstd = up + kRowBlock * kPanelCols;
@@ -18,9 +18,12 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<E>& p) {
     const int u0 = g0 + kPanelCols;
     for (int r = r0; r < r1; r += kRowBlock) {
       const int n = std::min(kRowBlock, r1 - r);
-      const E* a = p.xw + int64_t(r) * p.Hp;
-      columns<E>(n, a, p.Hp, p.weight, p.Hp, g0, g0 + c1 - c0, gate, kPanelCols);
-      columns<E>(n, a, p.Hp, p.weight, p.Hp, u0, u0 + c1 - c0, up, kPanelCols);
+      const auto half = [&](int first, float* out) {
+        columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, first, first + c1 - c0, out,
+                   kPanelCols, panel_scratch(w));
+      };
+      half(g0, gate);
+      half(u0, up);
       for (int i = 0; i < n; ++i) rstd[i] = row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps);
       for (int i = 0; i < n; ++i) {
         const Vec scale = set1(rstd[i]);
@@ -31,8 +34,10 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<E>& p) {
             g = add(g, load(p.bias + g0 + j));
             u = add(u, load(p.bias + u0 + j));
           }
-          store_elems(p.h + int64_t(r + i) * p.Fp + c0 + j, mul(silu(g), u));
+          store(gate + i * kPanelCols + j, mul(silu(g), u));
         }
+        for (int j = 0; j < c1 - c0; j += Next::kUnit)
+          Next::store(p.h.row(r + i), p.Fp, c0 + j, gate + i * kPanelCols + j);
       }
     }
   });

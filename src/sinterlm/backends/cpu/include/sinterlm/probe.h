@@ -15,19 +15,50 @@ inline float sum_floats(const float* p, int64_t n) {
   return reduce_add(sum[0]);
 }
 
-// `rounds` steps of the GEMM's register tile without memory; returns something to keep.
+// The dot product of a format, alone: one step of 16 columns, and the flops of it.
+template <class F>
+struct DotOf;
 template <class E>
-float spin_tile(int rounds, const E* operands) {
-  constexpr int kSums = kTileRows * kTileCols;
-  Vec sum[kSums];
-  for (Vec& v : sum) v = zero();
-  const Panel<E> panel = Panel<E>::load(operands);
+struct DotOf<Wide<E>> {
+  using Weights = Panel<E>;
+  using Sum = Vec;
+  static constexpr int kFlops = 2 * kLanes * kPair<E>;
+  SL_INLINE Weights load(const void* p) { return Panel<E>::load(static_cast<const E*>(p)); }
+  SL_INLINE Sum mac(Sum sum, const void* a, const Weights& w) {
+    return Panel<E>::mac(sum, static_cast<const E*>(a), w);
+  }
+};
+template <class E, int Bits, int Group, bool Offsets>
+struct DotOf<WeightOnly<E, Bits, Group, Offsets>> : DotOf<Wide<E>> {};
+template <int Bits, int Group, bool Offsets, int ActGroup>
+struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
+  static constexpr int kFlops = 2 * kLanes * 32 / Bits;
+  SL_INLINE typename Dot<Bits>::Weights load(const void* p) {
+    return Dot<Bits>::load(static_cast<const uint8_t*>(p));
+  }
+  SL_INLINE typename Dot<Bits>::Sum mac(typename Dot<Bits>::Sum sum, const void* a,
+                                        const typename Dot<Bits>::Weights& w) {
+    return Dot<Bits>::mac(sum, static_cast<const typename Dot<Bits>::Act*>(a), w);
+  }
+};
+
+// `rounds` steps of the GEMM's register tile without memory; `operands` are 64 bytes of zeros, and
+// so is what comes back.
+template <class D>
+int spin_tile(int rounds, const char* operands) {
+  constexpr int kSums = kTileRows * tile_cols(kTileRows);
+  typename D::Sum sum[kSums];
+  std::memset(sum, 0, sizeof sum);
+  const typename D::Weights panel = D::load(operands);
   for (int i = 0; i < rounds; ++i) {
 #pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j) sum[j] = Panel<E>::mac(sum[j], operands, panel);
+    for (int j = 0; j < kSums; ++j) sum[j] = D::mac(sum[j], operands, panel);
   }
-  for (int j = 1; j < kSums; ++j) sum[0] = add(sum[0], sum[j]);
-  return reduce_add(sum[0]);
+  char bytes[sizeof sum];
+  std::memcpy(bytes, sum, sizeof sum);
+  int total = 0;
+  for (char byte : bytes) total += byte;
+  return total;
 }
 
 // Runs pass(worker) three times or more for about `seconds`; the shortest, in ns.
@@ -47,7 +78,7 @@ int64_t best_of(Pool& pool, double seconds, Pass&& pass) {
   return best;
 }
 
-template <class E>
+template <class F>
 sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
   if (!(seconds >= 0 && seconds <= 60)) return fail(SL_INVALID, "seconds is %g", seconds);
   if (!gflops || !gbytes) return fail(SL_INVALID, "gflops or gbytes is null");
@@ -70,12 +101,15 @@ sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
     });
   });
   constexpr int kRounds = 1 << 16;
-  const E operands[kLanes * kPair<E>] = {};
-  const int64_t dot_ns = best_of(
-      *m.pool, seconds / 2, [&](Worker& w) { sink[w.id * 16] += spin_tile<E>(kRounds, operands); });
+  using D = DotOf<F>;
+  alignas(64) const char operands[64] = {};
+  const int64_t dot_ns = best_of(*m.pool, seconds / 2, [&](Worker& w) {
+    sink[w.id * 16] += static_cast<float>(spin_tile<D>(kRounds, operands));
+  });
   volatile float keep = 0;
   for (float v : sink) keep = keep + v;
-  const double flops = 2.0 * kRounds * kTileRows * kTileCols * kLanes * kPair<E> * m.pool->count();
+  const double flops =
+      double{D::kFlops} * kRounds * kTileRows * tile_cols(kTileRows) * m.pool->count();
   *gbytes = static_cast<double>(pieces * piece) / static_cast<double>(read_ns);
   *gflops = flops / static_cast<double>(dot_ns);
   return SL_OK;

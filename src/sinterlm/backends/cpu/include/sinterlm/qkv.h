@@ -65,8 +65,8 @@ inline void store_v(const Slot<E>& s, const float* v, int page_tokens, bool next
 }
 
 // Packed head `index` is, for each kv head, its G query heads, then k, then v.
-template <class E, int D>
-void finish_head(const QkvArgs<E>& p, int index, int t, float* v, float rstd) {
+template <class E, int D, class F>
+void finish_head(const QkvArgs<E, F>& p, int index, int t, float* v, float rstd) {
   const int G = p.Hq / p.Hkv, kv_head = index / (G + 2), part = index % (G + 2);
   const Batch& b = *p.batch;
   const float* bias = p.bias ? p.bias + index * D : nullptr;
@@ -94,8 +94,8 @@ void finish_head(const QkvArgs<E>& p, int index, int t, float* v, float rstd) {
   }
 }
 
-template <class E, int D>
-void norm_qkv_rope_kv(Worker& w, const QkvArgs<E>& p) {
+template <class E, int D, class F>
+void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
   const Cut cut(heads * D, rows, D, D, w.count);
@@ -104,7 +104,7 @@ void norm_qkv_rope_kv(Worker& w, const QkvArgs<E>& p) {
     const auto [c0, c1, r0, r1] = cut[item];
     for (int r = r0; r < r1; r += kRowBlock) {
       const int n = std::min(kRowBlock, r1 - r);
-      columns<E>(n, p.xw + int64_t(r) * p.Hp, p.Hp, p.weight, p.Hp, c0, c1, c, D);
+      columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, c0, c1, c, D, panel_scratch(w));
       for (int i = 0; i < n; ++i)
         finish_head<E, D>(p, c0 / D, r + i, c + i * D, row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
     }

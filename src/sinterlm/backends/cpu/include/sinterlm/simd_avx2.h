@@ -125,7 +125,9 @@ struct Panel<bf16> {
   }
 };
 
+// Rows of the register tile, and columns (of 16) for so many rows: few rows take more columns, so
+// that a panel is read as it lies in memory.
 constexpr int kTileRows = 4;
-constexpr int kTileCols = 1;
+constexpr int tile_cols(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 }  // namespace sl

@@ -90,7 +90,7 @@ struct Panel<bf16> {
 };
 // Rows and columns (of 16) of the register tile: 24 sums, 4 weights, operands from memory.
 constexpr int kTileRows = 6;
-constexpr int kTileCols = 4;
+constexpr int tile_cols(int) { return 4; }
 #else
 template <>
 struct Panel<bf16> {
@@ -110,7 +110,7 @@ struct Panel<bf16> {
   }
 };
 constexpr int kTileRows = 4;
-constexpr int kTileCols = 4;
+constexpr int tile_cols(int) { return 4; }
 #endif
 
 }  // namespace sl

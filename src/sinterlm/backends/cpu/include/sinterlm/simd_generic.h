@@ -109,6 +109,6 @@ struct Panel<bf16> {
 };
 
 constexpr int kTileRows = 2;
-constexpr int kTileCols = 1;
+constexpr int tile_cols(int) { return 1; }
 
 }  // namespace sl

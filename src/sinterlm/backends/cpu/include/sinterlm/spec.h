@@ -14,6 +14,7 @@ struct ModelSpec {
   int64_t weights_bytes;
   int64_t bytes_per_token, bytes_per_row;  // of the two activation arenas
   int64_t final_x, final_xw, final_ssq;    // buffers the head reads
+  int64_t xw_pitch;                        // bytes from row to row of xw
   int64_t final_norm;                      // weight
   int64_t logits, gathered;                // buffers per sampled row
   int num_ops;
@@ -62,8 +63,20 @@ struct Run {
   Pages<E> pages(int layer) const {
     return {static_cast<E*>(kv_base[layer]), page_stride, head_stride, page_tokens};
   }
-  Stream<E> stream(int64_t x, int64_t xw, int64_t ssq) const {
-    return {buffer<float>(x), buffer<E>(xw), buffer<float>(ssq)};
+  // Operand rows of K columns in a buffer whose rows lie Pitch bytes apart.
+  template <class F, int K, int64_t Pitch>
+  Rows<F> rows_of(int64_t offset) const {
+    static_assert(F::row_bytes(K) <= Pitch, "the memory plan has too little room for a row");
+    return {buffer<char>(offset), Pitch};
+  }
+  template <class F, int K, int64_t Pitch>
+  Rows<F> gathered(int64_t offset) const {
+    static_assert(F::row_bytes(K) <= Pitch, "the memory plan has too little room for a row");
+    return {row_buffer<char>(offset), Pitch};
+  }
+  template <class F, int K, int64_t Pitch>
+  Stream<F> stream(int64_t x, int64_t xw, int64_t ssq) const {
+    return {buffer<float>(x), rows_of<F, K, Pitch>(xw), buffer<float>(ssq)};
   }
 
   // Ends op number `op`: everybody waits for everybody, and worker 0 books the time. `calls` is 0

@@ -50,11 +50,11 @@ Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
 // Final-normed hidden states x * rstd * weight of every token, fp32.
 template <class E>
 void copy_hidden(Worker& w, const ModelSpec& spec, const Run<E>& run, float* out) {
-  const Stream<E> s = run.stream(spec.final_x, spec.final_xw, spec.final_ssq);
+  const float* ssq = run.template buffer<float>(spec.final_ssq);
   const float* weight = run.template weight<float>(spec.final_norm);
   w.for_each_static(run.batch->num_tokens, [&](int t) {
-    const float rstd = row_rstd(s.ssq, t, spec.Hp, spec.H, run.eps);
-    const float* x = s.x + int64_t(t) * spec.Hp;
+    const float rstd = row_rstd(ssq, t, spec.Hp, spec.H, run.eps);
+    const float* x = run.template buffer<float>(spec.final_x) + int64_t(t) * spec.Hp;
     for (int i = 0; i < spec.H; ++i) out[int64_t(t) * spec.H + i] = x[i] * rstd * weight[i];
   });
 }
@@ -184,15 +184,20 @@ sl_status head(Model& m, const sl_head_args& a) {
   Run<E> run = make_run<E>(m, nullptr, nullptr, &clock);
   run.rows = m.identity.data();
   run.head_eps = 0;  // with ssq as below, rstd is exactly 1
-  const Stream<E> s = run.stream(spec.final_x, spec.final_xw, spec.final_ssq);
+  using F = typename Net::Head;
+  const Rows<F> rows{run.template buffer<char>(spec.final_xw), spec.xw_pitch};
+  float* sums = run.template buffer<float>(spec.final_ssq);
   for (int first = 0; first < a.num_rows; first += run.num_rows) {
     run.num_rows = std::min(m.args.max_sample_rows, a.num_rows - first);
     const bool ran = m.pool->run([&](Worker& w) {
       w.for_each_static(run.num_rows, [&](int r) {
         const float* from = a.hidden + int64_t(first + r) * spec.H;
-        E* xw = s.xw + int64_t(r) * spec.Hp;
-        float* ssq = s.ssq + int64_t(r) * (spec.Hp / kLanes);
-        for (int i = 0; i < spec.Hp; ++i) xw[i] = from_float<E>(i < spec.H ? from[i] : 0.0f);
+        float* ssq = sums + int64_t(r) * (spec.Hp / kLanes);
+        for (int n = 0; n < spec.Hp; n += F::kUnit) {
+          float xw[F::kUnit];
+          for (int i = 0; i < F::kUnit; ++i) xw[i] = n + i < spec.H ? from[n + i] : 0.0f;
+          F::store(rows.row(r), spec.Hp, n, xw);
+        }
         for (int i = 0; i < spec.Hp / kLanes; ++i)
           ssq[i] = i == 0 ? static_cast<float>(spec.H) : 0.0f;
       });

@@ -1,0 +1,122 @@
+// The register tile over panels of E, and how a tile's shape is chosen for any number of rows.
+#pragma once
+#include <algorithm>
+
+#include "sinterlm/formats.h"
+#include "sinterlm/threads.h"
+
+namespace sl {
+
+// c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
+// col_step per 16 columns (elements), so that weights, K pages and V pages are all panels.
+template <class E, int R, int C>
+inline void tile(const E* a, int64_t lda, const E* b, int64_t k_step, int64_t col_step, int K,
+                 float* c, int64_t ldc, bool accumulate) {
+  Vec sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sum[r][j] = accumulate ? load(c + r * ldc + j * kLanes) : zero();
+#ifdef SL_MUTATE_K_UNROLL  // a second chain at M = 1: the invariance tests must notice
+  Vec odd[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) odd[r][j] = zero();
+#endif
+  for (int k = 0; k < K; k += kPair<E>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      const Panel<E> w = Panel<E>::load(b + j * col_step);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#ifdef SL_MUTATE_K_UNROLL
+        if (R == 1 && (k / kPair<E>) % 2) {
+          odd[r][j] = Panel<E>::mac(odd[r][j], a + r * lda + k, w);
+          continue;
+        }
+#endif
+        sum[r][j] = Panel<E>::mac(sum[r][j], a + r * lda + k, w);
+      }
+    }
+    b += k_step;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+#ifdef SL_MUTATE_K_UNROLL
+      sum[r][j] = add(sum[r][j], odd[r][j]);
+#endif
+      store(c + r * ldc + j * kLanes, sum[r][j]);
+    }
+}
+
+// Calls t.run<R, C>(...) for run-time rows in [1, kTileRows] and columns in [1, tile_cols(R)] x 16.
+template <class Tile, int R = kTileRows, int C = tile_cols(R)>
+inline void tile_any(const Tile& t, int rows, int cols, int r0, int j0) {
+  if constexpr (R > 1) {
+    if (rows < R) {
+      tile_any<Tile, R - 1>(t, rows, cols, r0, j0);
+      return;
+    }
+  }
+  if constexpr (C > 1) {
+    if (cols < C) {
+      tile_any<Tile, R, C - 1>(t, rows, cols, r0, j0);
+      return;
+    }
+  }
+  t.template run<R, C>(r0, j0);
+}
+
+// All rows and `cols` x 16 columns of one panel, rows cut into near-equal tiles (9 = 5 + 4).
+template <class Tile>
+inline void panel_rows(int rows, int cols, const Tile& t) {
+  const int tiles = (rows + kTileRows - 1) / kTileRows, high = (rows + tiles - 1) / tiles;
+  for (int j = 0; j < cols; j += tile_cols(high)) {
+    const int width = std::min(tile_cols(high), cols - j);
+    for (int i = 0; i < tiles; ++i) {
+      const int r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      tile_any(t, r1 - r0, width, r0, j);
+    }
+  }
+}
+
+// Rows of E times panels of E; see tile().
+template <class E>
+struct WideTile {
+  const E* a;
+  int64_t lda;
+  const E* b;
+  int64_t k_step, col_step;
+  int K;
+  float* c;
+  int64_t ldc;
+  bool accumulate;
+  template <int R, int C>
+  void run(int r0, int j0) const {
+    tile<E, R, C>(a + r0 * lda, lda, b + j0 * col_step, k_step, col_step, K,
+                  c + r0 * ldc + j0 * kLanes, ldc, accumulate);
+  }
+};
+
+// Rows times k in [k, k + depth) of one panel, from column `col` on: what one pass computes.
+struct PanelPiece {
+  const char* a;  // row 0 of the operand
+  int64_t pitch;  // bytes from row to row
+  const char* panel;
+  int K, k, depth, col;
+  float* c;  // row 0, column `col`
+  int64_t ldc;
+};
+
+template <class E>
+inline void multiply(Wide<E>, int rows, int cols, const PanelPiece& p, void*) {
+  constexpr int P = kPair<E>;
+  const E* b = reinterpret_cast<const E*>(p.panel) + int64_t(p.k) * kPanelCols + p.col * P;
+  const E* a = reinterpret_cast<const E*>(p.a) + p.k;
+  panel_rows(rows, cols,
+             WideTile<E>{a, p.pitch / int64_t{sizeof(E)}, b, kPanelCols * P, kLanes * P, p.depth,
+                         p.c, p.ldc, p.k > 0});
+}
+
+}  // namespace sl

@@ -1,0 +1,86 @@
+"""What quantised activations and integer GEMMs mean, bit for bit as the kernels compute them.
+
+The codes, scales and sums of a row are float32 arithmetic that every ISA level does alike; a GEMM
+is integer dot products of blocks and one fma per block (a product and a sum at ``generic``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinterlm.ir.bf16 import Instruction, fma
+from sinterlm.ir.quant import CodedMatrix, GemmFormat
+
+F32 = NDArray[np.float32]
+
+#: A group whose largest magnitude is below this is stored as zeros.
+SMALLEST = np.float32(2.0**-100)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedRows:
+    """Activations [T, K] as int8 codes; K a multiple of the format's ``act_group``."""
+
+    codes: NDArray[np.int8]  #: [T, K]
+    scales: F32  #: [T, K / act_group]
+    form: GemmFormat
+
+    def dequantise(self) -> F32:
+        """The activations [T, K] that the codes stand for."""
+        scales = np.repeat(self.scales, self.form.act_group, axis=1)
+        return np.asarray(self.codes * scales, np.float32)
+
+    def sums(self) -> NDArray[np.int32]:
+        """Sums of codes over the format's blocks, [T, K / block]."""
+        cut = self.codes.reshape(len(self.codes), -1, self.form.block)
+        return np.asarray(cut.sum(axis=2), np.int32)
+
+
+def code_rows(values: NDArray[Any], form: GemmFormat) -> CodedRows:
+    """``values`` [T, K] in codes: scale = amax / 127, rounded to nearest even. A group that holds
+    NaN or infinity gets NaN for its scale; K is padded with zeros to whole groups."""
+    depth, group = values.shape[1], form.act_group
+    wide = np.pad(np.asarray(values, np.float32), ((0, 0), (0, -depth % group)))
+    cut = wide.reshape(len(wide), -1, group)
+    finite = np.isfinite(cut).all(axis=2)
+    amax = np.where(finite, np.abs(cut).max(axis=2), np.float32(0)).astype(np.float32)
+    coded = finite & (amax >= SMALLEST)
+    safe = np.where(coded, amax, np.float32(1))
+    inverse = np.where(coded, np.float32(127) / safe, np.float32(0)).astype(np.float32)
+    usable = np.where(coded[:, :, None], cut, np.float32(0))
+    codes = np.rint(usable * inverse[:, :, None]).astype(np.int8)
+    small = np.where(finite, np.float32(0), np.float32(np.nan))
+    scales = np.where(coded, safe / np.float32(127), small).astype(np.float32)
+    return CodedRows(codes.reshape(wide.shape), scales, form)
+
+
+def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:
+    """a [M, K] @ w [N, K]ᵀ as float32 [M, N]. ``w`` may lack the padding of ``a``'s K."""
+    form, depth = a.form, a.codes.shape[1]
+    centre = 0 if w.offsets is not None else 1 << (w.bits - 1)
+    codes = np.full((len(w.codes), depth), centre, np.int64)
+    codes[:, : w.codes.shape[1]] = w.codes
+    wide, sums = a.codes.astype(np.int64), a.sums()
+    acc = np.zeros((len(wide), len(codes)), np.float32)
+    for block in range(depth // form.block):
+        k = slice(block * form.block, (block + 1) * form.block)
+        dot = (wide[:, k] @ (codes[:, k] - centre).T).astype(np.float32)  # exact: below 2**24
+        group = 0 if form.group == 0 else k.start // form.group
+        if group >= w.scales.shape[1]:
+            break  # padding of k alone
+        act = a.scales[:, [k.start // form.act_group]]
+        acc = _add(dot, w.scales[None, :, group] * act, acc, instruction)
+        if w.offsets is not None:
+            offsets = w.offsets[None, :, group] * act
+            acc = _add(sums[:, [block]].astype(np.float32), offsets, acc, instruction)
+    return acc
+
+
+def _add(x: F32, y: F32, acc: F32, instruction: Instruction) -> F32:
+    """acc + x * y."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return acc + x * y if instruction == "mul_add" else fma(x, y, acc)
