@@ -174,7 +174,7 @@ class FakeBridge:
                 )
             )
         now = time.perf_counter()
-        count = getattr(submission.params, "prompt_logprobs", None)
+        count = submission.params.prompt_logprobs
         prompt = tuple(submission.prompt_token_ids)
         prompt_logprobs = None
         if count is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from starlette.requests import ClientDisconnect, Request
 
 from sinterlm.engine.outputs import RequestOutput
 from sinterlm.engine.sampling import SamplingParams
+from sinterlm.errors import UsageError
 from sinterlm.serve.bridge import Bridge
 from sinterlm.serve.errors import ApiError, bad_request
 from sinterlm.serve.protocol.answers import PromptTokensDetails, Usage
@@ -68,11 +70,12 @@ async def constrained(
     """``params`` with the constraint, grammar compiled. Raises ApiError 400 naming its field."""
     if constraint is None:
         return params
-    raise bad_request(
-        f"{constraint.field}: constrained answers are not possible yet",
-        param=constraint.field,
-        code="unsupported_parameter",
-    )
+    try:
+        params = replace(params, structured_outputs=constraint.wanted)
+        await bridge.prepare(params)
+    except UsageError as exc:
+        raise constraint.error(exc) from exc
+    return params
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> Usage:

@@ -11,7 +11,7 @@ from sinterlm import __version__
 from sinterlm.serve.context import Context
 from sinterlm.serve.errors import ApiError, draining
 from sinterlm.serve.models import json_answer
-from sinterlm.serve.protocol.answers import Version
+from sinterlm.serve.protocol.answers import ResetAnswer, Version
 
 
 class Probes:
@@ -50,4 +50,5 @@ class Probes:
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         """Forget every cached prefix, between two steps; for measuring a cold cache."""
-        raise ApiError(501, "there is no prefix cache yet", code="not_implemented")
+        await self._bridge.run_idle(lambda engine: engine.reset_prefix_cache())
+        return json_answer(ResetAnswer(success=True))

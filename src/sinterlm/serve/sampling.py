@@ -45,13 +45,6 @@ def sampling_params(
         given["logit_bias"] = _logit_bias(request.logit_bias)
     if request.seed is not None:
         given["seed"] = _seed(request.seed)
-    overrides = dict(overrides)
-    if overrides.pop("prompt_logprobs") is not None:
-        raise bad_request(
-            "prompt_logprobs, and echo with logprobs, are not possible yet",
-            param="prompt_logprobs",
-            code="unsupported_parameter",
-        )
     given["detokenize"] = served.tokenizer.has_vocabulary
     try:
         params = replace(served.defaults, **given, **overrides)

@@ -4,27 +4,38 @@ tool that must be called. At most one; a second is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import msgspec
-
-from sinterlm.serve.errors import bad_request
+from sinterlm.engine.structured import KINDS, StructuredOutputs
+from sinterlm.errors import UsageError
+from sinterlm.serve.errors import ApiError, bad_request
 from sinterlm.serve.protocol.shared import (
     GenerationRequest,
     ResponseFormat,
     StructuredOutputsFields,
 )
 
-Kind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
+@dataclass(frozen=True)
+class Constraint:
+    """What the text must look like, and the field of the request that says so."""
 
-class Constraint(msgspec.Struct, frozen=True):
-    """One constraint and the field it came from."""
-
-    kind: Kind
-    value: Any
+    wanted: StructuredOutputs
     field: str
+
+    def error(self, exc: UsageError) -> ApiError:
+        """The engine's objection, in terms of the request."""
+        return _refusal(self.field, exc)
+
+
+def constraint(field: str, given: Mapping[str, Any]) -> Constraint:
+    """A constraint from fields of StructuredOutputs. Raises ApiError 400."""
+    try:
+        return Constraint(StructuredOutputs(**given), field)
+    except UsageError as exc:
+        raise _refusal(field, exc) from exc
 
 
 def constraint_of(request: GenerationRequest) -> Constraint | None:
@@ -35,6 +46,12 @@ def constraint_of(request: GenerationRequest) -> Constraint | None:
             f"{found[1].field} and {found[0].field} are both given; give one constraint",
             param=found[1].field,
         )
+    if request.guided_whitespace_pattern is not None and (
+        not found or found[0].field != "guided_json"
+    ):
+        raise bad_request(
+            "guided_whitespace_pattern belongs to guided_json", param="guided_whitespace_pattern"
+        )
     return found[0] if found else None
 
 
@@ -43,11 +60,16 @@ def _constraints(request: GenerationRequest) -> Iterator[Constraint]:
         yield from _from_format(request.response_format)
     if request.structured_outputs is not None:
         yield _from_structured(request.structured_outputs)
-    for kind in ("json", "regex", "choice", "grammar"):
-        field = f"guided_{kind}"
-        value = getattr(request, field)
+    if request.guided_json is not None:
+        given = {
+            "json": request.guided_json,
+            "whitespace_pattern": request.guided_whitespace_pattern,
+        }
+        yield constraint("guided_json", given)
+    for kind in ("regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{kind}")
         if value is not None:
-            yield Constraint(kind, value, field)
+            yield constraint(f"guided_{kind}", {kind: value})
 
 
 def _from_format(form: ResponseFormat) -> Iterator[Constraint]:
@@ -64,7 +86,7 @@ def _from_format(form: ResponseFormat) -> Iterator[Constraint]:
             param=f"{field}.json_schema",
         )
     if form.type == "json_object":
-        yield Constraint("json_object", True, field)
+        yield constraint(field, {"json_object": True})
     elif form.json_schema is not None:
         if form.json_schema.schema is None:
             raise bad_request(
@@ -72,34 +94,27 @@ def _from_format(form: ResponseFormat) -> Iterator[Constraint]:
                 param=f"{field}.json_schema.schema",
                 code="missing_required_parameter",
             )
-        yield Constraint("json", form.json_schema.schema, field)
+        yield constraint(f"{field}.json_schema.schema", {"json": form.json_schema.schema})
 
 
 def _from_structured(given: StructuredOutputsFields) -> Constraint:
     field = "structured_outputs"
-    for name in ("structural_tag", "whitespace_pattern"):
-        if getattr(given, name) is not None:
-            raise _unsupported(f"{field}.{name}")
-    for name in ("disable_any_whitespace", "disable_additional_properties"):
-        if getattr(given, name):
-            raise _unsupported(f"{field}.{name}")
-    kinds: tuple[Kind, ...] = ("json", "json_object", "regex", "choice", "grammar")
-    found = [
-        Constraint(kind, value, field)
-        for kind in kinds
-        if (value := getattr(given, kind)) is not None and not (kind == "json_object" and not value)
-    ]
-    if len(found) != 1:
+    for name in ("structural_tag", "disable_additional_properties"):
+        if getattr(given, name) in (None, False):
+            continue
         raise bad_request(
-            f"{field} needs exactly one of {', '.join(kinds)}, and {len(found)} are given",
-            param=field,
+            f"{field}.{name} is not supported; use {', '.join(KINDS)}",
+            param=f"{field}.{name}",
+            code="unsupported_parameter",
         )
-    return found[0]
+    fields = {
+        name: value
+        for name in (*KINDS, "disable_any_whitespace", "whitespace_pattern")
+        if (value := getattr(given, name)) is not None
+    }
+    return constraint(field, fields)
 
 
-def _unsupported(field: str) -> Exception:
-    return bad_request(
-        f"{field} is not supported; use json, json_object, regex, choice or grammar",
-        param=field,
-        code="unsupported_parameter",
-    )
+def _refusal(field: str, exc: UsageError) -> ApiError:
+    reason = str(exc).removeprefix("structured_outputs").removeprefix(".")
+    return bad_request(f"{field}: {reason}", param=field)

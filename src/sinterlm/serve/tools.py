@@ -12,7 +12,7 @@ from sinterlm.serve.errors import bad_request
 from sinterlm.serve.parsers.base import ToolCallDelta, ToolDelta, ToolParser
 from sinterlm.serve.parsers.calls import new_call_id
 from sinterlm.serve.protocol.chat import ChatRequest, NamedToolChoice, Tool
-from sinterlm.serve.structure import Constraint
+from sinterlm.serve.structure import Constraint, constraint
 
 MAX_TOOLS = 128  #: OpenAI's limit
 
@@ -56,7 +56,7 @@ def forced_calls(request: ChatRequest, choice: NamedToolChoice | str) -> Constra
     tools = request.tools or []
     if isinstance(choice, NamedToolChoice):
         tool = next(t for t in tools if t.function.name == choice.function.name)
-        return Constraint("json", _arguments(tool), "tool_choice")
+        return constraint("tool_choice", {"json": _arguments(tool)})
     if choice != "required":
         return None
     calls = {
@@ -66,7 +66,7 @@ def forced_calls(request: ChatRequest, choice: NamedToolChoice | str) -> Constra
     }
     if request.parallel_tool_calls is False:
         calls["maxItems"] = 1
-    return Constraint("json", calls, "tool_choice")
+    return constraint("tool_choice", {"json": calls})
 
 
 def forced_parser(choice: NamedToolChoice | str) -> ToolParser:

@@ -123,6 +123,9 @@ class GenerationRequest(Strict, kw_only=True):
     guided_json: Annotated[
         str | dict[str, Any] | bool | None, effect("older spelling of structured_outputs.json")
     ] = None
+    guided_whitespace_pattern: Annotated[
+        str | None, effect("regex of the whitespace that guided_json may have")
+    ] = None
     guided_regex: Annotated[str | None, effect("older spelling of structured_outputs.regex")] = None
     guided_choice: Annotated[
         list[str] | None, effect("older spelling of structured_outputs.choice")
@@ -187,9 +190,6 @@ class GenerationRequest(Strict, kw_only=True):
     repetition_detection: Annotated[Any, refused("use a penalty, stop or max_tokens")] = None
     stream_interval: Annotated[int | None, refused("every event holds one token", 1)] = None
     watermarking: Annotated[bool | None, refused("there is no watermark", False)] = None
-    guided_whitespace_pattern: Annotated[
-        Any, refused("JSON is generated with the library's own whitespace")
-    ] = None
     kv_transfer_params: Annotated[Any, refused("there is one process and one cache")] = None
     ec_transfer_params: Annotated[Any, refused(_TEXT_ONLY)] = None
     vllm_xargs: Annotated[Any, refused("there are no extensions")] = None
