@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sinterlm.artifact.text import TextAssets
 from sinterlm.engine.tokenizer import Tokenizer
@@ -141,3 +143,11 @@ def test_reserved_template_kwargs() -> None:
 def test_template_variables_of_another_type(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
         Tokenizer(chat_assets()).render_chat(MESSAGES, **given)
+
+
+@given(text=st.text() | st.text("ab <|start|>é", max_size=200))
+def test_no_text_has_fewer_tokens_than_its_length_demands(text: str) -> None:
+    tokenizer = Tokenizer(chat_assets())
+    most = tokenizer.most_chars(len(tokenizer.encode(text, add_special_tokens=False)))
+    assert most is not None
+    assert len(text) <= most

@@ -117,10 +117,20 @@ class CompletionEndpoint:
 
     def _prompts(self, asked: CompletionRequest) -> list[Prompt]:
         given, special = asked.prompt, asked.add_special_tokens
+        is_cut = asked.truncate_prompt_tokens is not None
         if isinstance(given, str):
-            return [self._renderer.text(given, special, "prompt")]
+            return [self._renderer.text(given, special, "prompt", may_be_long=is_cut)]
         if not given:
             raise bad_request("prompt is empty; give a text or token ids", param="prompt")
+        if isinstance(given[0], int):
+            if not is_cut:  # a list of millions is not looked through
+                self._renderer.check_room(
+                    len(given), asked.max_tokens, field="max_tokens", prompt_field="prompt"
+                )
+        elif len(given) > (most := self._context.options.max_waiting):
+            raise bad_request(
+                f"prompt holds {len(given)} prompts, and {most} may wait at a time", param="prompt"
+            )
         texts = [item for item in given if isinstance(item, str)]
         ids = [item for item in given if isinstance(item, int)]
         lists = [item for item in given if isinstance(item, list)]
@@ -128,13 +138,11 @@ class CompletionEndpoint:
             return [self._renderer.tokens(ids, "prompt")]
         if len(texts) != len(given) and len(lists) != len(given):
             raise bad_request("prompt mixes texts and token ids; give one kind", param="prompt")
-        most = self._context.options.max_waiting
-        if len(given) > most:
-            raise bad_request(
-                f"prompt holds {len(given)} prompts, and {most} may wait at a time", param="prompt"
-            )
         return [
-            *(self._renderer.text(t, special, f"prompt[{i}]") for i, t in enumerate(texts)),
+            *(
+                self._renderer.text(text, special, f"prompt[{i}]", may_be_long=is_cut)
+                for i, text in enumerate(texts)
+            ),
             *(self._renderer.tokens(t, f"prompt[{i}]") for i, t in enumerate(lists)),
         ]
 

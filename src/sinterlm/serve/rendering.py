@@ -43,16 +43,36 @@ class Renderer:
         self._trust_templates = trust_templates
 
     def text(
-        self, text: str, add_special_tokens: bool | None, param: str, *, may_be_empty: bool = False
+        self,
+        text: str,
+        add_special_tokens: bool | None,
+        param: str,
+        *,
+        may_be_empty: bool = False,
+        may_be_long: bool = False,
     ) -> Prompt:
-        """A plain text as it stands."""
+        """A plain text as it stands. ``may_be_long``: it need not fit into the context."""
         if not text and not may_be_empty:
             raise bad_request(f"{param} is empty; give at least one character", param=param)
+        if not may_be_long:
+            self._check_length(text, param)
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens is not False)
         except UsageError as exc:
             raise from_exception(exc, param=param) from exc
         return Prompt(ids, text)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what cannot fit before every character of it is tokenised."""
+        most = self._served.most_chars
+        if most is not None and len(text) > most:
+            raise bad_request(
+                f"{param} makes a prompt of {len(text)} characters, which are more than "
+                f"{self._served.max_model_len} tokens, the context of this model (max_model_len); "
+                "shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def tokens(self, token_ids: list[int], param: str, *, may_be_empty: bool = False) -> Prompt:
         """Token ids as they stand."""
@@ -94,6 +114,8 @@ class Renderer:
                 chat_template=request.chat_template or self._served.chat_template,
                 chat_template_kwargs=variables,
             )
+            if isinstance(request, ChatRequest) and request.truncate_prompt_tokens is None:
+                self._check_length(text, "messages")
             special = request.add_special_tokens is True
             ids = self._tokenizer.encode(text, add_special_tokens=special)
         except UsageError as exc:

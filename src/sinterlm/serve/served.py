@@ -27,6 +27,8 @@ class ServedModel:
     chat_template: str | None = None  #: instead of the checkpoint's own
     tool_parser: str | None = None  #: name in ``serve.parsers``; None = tool calls stay text
     reasoning_parser: str | None = None  #: name in ``serve.parsers``; None = no reasoning field
+    #: A text of more characters has more tokens than ``max_model_len``; None = not known.
+    most_chars: int | None = None
 
     @property
     def name(self) -> str:
@@ -84,4 +86,7 @@ def served_model(
         chat_template=chat_template,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        most_chars=(
+            llm.tokenizer.most_chars(llm.max_model_len) if llm.tokenizer.has_vocabulary else None
+        ),
     )

@@ -79,5 +79,5 @@ class TokensEndpoint:
                 raise bad_request(f"{field} belongs to messages, not to prompt", param=field)
         assert asked.prompt is not None
         return self._renderer.text(
-            asked.prompt, asked.add_special_tokens, "prompt", may_be_empty=True
+            asked.prompt, asked.add_special_tokens, "prompt", may_be_empty=True, may_be_long=True
         )

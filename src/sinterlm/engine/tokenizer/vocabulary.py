@@ -15,6 +15,9 @@ from sinterlm.engine.tokenizer.chat_template import ChatTemplate
 from sinterlm.engine.tokenizer.messages import checked_messages
 from sinterlm.errors import CheckpointError, PromptError, UsageError
 
+#: How many times shorter a normaliser (Unicode composition, prefixes) makes a text at most.
+_NORMAL_SHRINKS = 4
+
 
 class Tokenizer:
     """Encodes, decodes and renders. Thread-safe once constructed.
@@ -52,6 +55,18 @@ class Tokenizer:
         tokenizer = self._require_tokenizer()
         found = (tokenizer.token_to_id(text) for text in self.assets.special_tokens.values())
         return tuple(sorted({token_id for token_id in found if token_id is not None}))
+
+    def most_chars(self, num_tokens: int) -> int | None:
+        """Characters that ``num_tokens`` tokens can hold at most; None where nothing bounds them.
+
+        So that a text which is far too long is refused without tokenising all of it.
+        """
+        tokenizer = self._require_tokenizer()
+        model = tokenizer.model
+        if getattr(model, "unk_token", None) and not getattr(model, "byte_fallback", False):
+            return None  # any run of unknown characters may be one token
+        longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        return num_tokens * longest * (1 if tokenizer.normalizer is None else _NORMAL_SHRINKS)
 
     @property
     def num_special_tokens(self) -> int:
