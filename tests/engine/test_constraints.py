@@ -249,11 +249,18 @@ def test_a_grammar_that_outgrows_its_limits_ends_its_request_alone(
 
 
 def test_grammars_are_kept_and_compiled_by_one_at_a_time(grammars: Grammars) -> None:
-    wanted = [StructuredOutputs(regex=f"a{{{i}}}") for i in range(1, 25)]
+    wanted = [StructuredOutputs(regex=f"a{{{i}}}") for i in range(1, 41)]
     threads = [threading.Thread(target=grammars.prepare, args=(w,)) for w in wanted]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(grammars._kept) == 16
+    assert len(grammars._kept) == 32
     assert grammars._compiled(wanted[-1]) is grammars._compiled(wanted[-1])
+
+
+def test_what_is_kept_does_not_wait_for_what_is_being_compiled(grammars: Grammars) -> None:
+    known = StructuredOutputs(regex="known")
+    grammars.prepare(known)
+    with grammars._compiling:
+        assert grammars.constraint(known).mask.any()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # imported where it is first needed: most runs follow no gram
 T = TypeVar("T")
 
 #: Compiled grammars kept; a hostile one may hold some tens of MB.
-_MAX_KEPT = 16
+_MAX_KEPT = 32
 #: Bytes of stack to compile on: the library recurses along chains of rules.
 _STACK_BYTES = 64 << 20
 #: Tighter than the library's own where a single step could otherwise take most of a second.
@@ -91,7 +91,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._assets = tokenizer.assets
         self._vocab_size = vocab_size
-        self._lock = threading.Lock()
+        self._compiling, self._keeping = threading.Lock(), threading.Lock()
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._kept: OrderedDict[StructuredOutputs, llguidance.LLMatcher] = OrderedDict()
 
@@ -113,15 +113,27 @@ class Grammars:
         return [i for i in self._assets.eos_token_ids if 0 <= i < self._vocab_size]
 
     def _compiled(self, wanted: StructuredOutputs) -> llguidance.LLMatcher:
-        with self._lock:  # one at a time: a flood of grammars takes one CPU at most
-            matcher = self._kept.pop(wanted, None)
+        kept = self._recall(wanted)
+        if kept is not None:
+            return kept
+        with self._compiling:  # one at a time: a flood of grammars takes one CPU at most
+            matcher = self._recall(wanted)  # whoever was before may have wanted the same
             if matcher is None:
                 source = _source(wanted)
                 matcher = _on_deep_stack(lambda: self._compile(wanted.kind, source))
-            self._kept[wanted] = matcher
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
+                with self._keeping:
+                    self._kept[wanted] = matcher
+                    if len(self._kept) > _MAX_KEPT:
+                        self._kept.popitem(last=False)
             return matcher
+
+    def _recall(self, wanted: StructuredOutputs) -> llguidance.LLMatcher | None:
+        """What is kept, without waiting for what is being compiled."""
+        with self._keeping:
+            if wanted not in self._kept:
+                return None
+            self._kept.move_to_end(wanted)
+            return self._kept[wanted]
 
     def _compile(self, kind: str, source: str) -> llguidance.LLMatcher:
         import llguidance
