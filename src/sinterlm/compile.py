@@ -177,6 +177,7 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     from sinterlm.frontend.decoder import build_graph, check_tensors
     from sinterlm.passes.formats import scheme_of
     from sinterlm.passes.pipeline import plan
+    from sinterlm.passes.sensitivity import measured
 
     job.progress.stage("build graph")
     model_len(job.options, checkpoint.config)
@@ -185,7 +186,9 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     job.progress.stage("run passes")
     scheme = scheme_of(job.options)
     stored = checkpoint.codes_for(job.dtype, are_asked=scheme.bits is not None)
-    made = plan(graph, job.options.dump_dir, scheme, stored)
+    # What is made up is as even as weights can be, and slow to draw twice.
+    error_of = measured(checkpoint.read_exact) if checkpoint.files else None
+    made = plan(graph, job.options.dump_dir, scheme, stored, error_of)
     if scheme.act is not None and not made.graph.formats:
         raise UsageError(
             "--act-dtype says what stands beside quantised weights, and there are none; give "

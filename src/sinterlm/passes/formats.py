@@ -17,6 +17,7 @@ from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import ActDType, GemmFormat
 from sinterlm.options import QUANT_GROUPS, CompileOptions
+from sinterlm.passes.sensitivity import ErrorOf, wide_enough
 
 #: Activations along k that share a scale, where heads are a multiple of it.
 ACT_GROUP = 64
@@ -82,19 +83,26 @@ def scheme_of(options: CompileOptions) -> Scheme:
 
 
 def choose_formats(
-    graph: Graph, scheme: Scheme | None = None, stored: Mapping[str, GemmFormat] | None = None
+    graph: Graph,
+    scheme: Scheme | None = None,
+    stored: Mapping[str, GemmFormat] | None = None,
+    error_of: ErrorOf | None = None,
 ) -> Graph:
     """``graph``, fused, with a format for each matrix that is to be stored in codes.
 
     ``stored`` are the formats of matrices whose codes the checkpoint brings. Weights that one GEMM
-    reads together take one format: where what is stored differs, they come as floats.
+    reads together take one format: where what is stored differs, they come as floats. Floats that
+    lose too much by ``error_of`` take a wider format, or none.
     """
     scheme, stored = scheme or Scheme(), stored or {}
     formats: dict[str, GemmFormat] = {}
     for op in graph.ops:
         kept = {scheme.keep(op, stored[n]) if n in stored else None for n in op.matrices}
         form = kept.pop() if len(kept) == 1 else None
-        form = form or scheme.format(op)
+        if form is None:
+            form = scheme.format(op)
+            if error_of is not None:
+                form = wide_enough(matrices(op), form, error_of)
         if form is not None:
             form = _fit_heads(op, form, graph.config.head_dim)
             formats |= dict.fromkeys(op.matrices, form)

@@ -21,6 +21,7 @@ from sinterlm.passes.fuse_mlp import fuse_down_residual, fuse_gate_up
 from sinterlm.passes.layout import layout_weights
 from sinterlm.passes.memory import plan_memory
 from sinterlm.passes.rewrite import PassError
+from sinterlm.passes.sensitivity import ErrorOf
 
 #: What is left when all passes have run.
 FUSED: tuple[type[ops.Op], ...] = (
@@ -68,6 +69,7 @@ def plan(
     dump_dir: Path | None = None,
     scheme: Scheme | None = None,
     stored: Mapping[str, GemmFormat] | None = None,
+    error_of: ErrorOf | None = None,
 ) -> Plan:
     """Fuse a graph of plain ops, choose the formats of its matrices, and place weights and
     activations. ``stored`` are the formats of those whose codes the checkpoint brings.
@@ -75,7 +77,7 @@ def plan(
     ``dump_dir`` receives ``00-frontend.txt``, then one file per pass. Raises PassError and
     VerifyError, both our own bugs, and what ``choose_formats`` raises.
     """
-    fused = choose_formats(fuse(graph, dump_dir), scheme, stored)
+    fused = choose_formats(fuse(graph, dump_dir), scheme, stored, error_of)
     _dump(fused, len(PIPELINE) + 1, "formats", dump_dir)
     return Plan(fused, layout_weights(fused), plan_memory(fused))
 
