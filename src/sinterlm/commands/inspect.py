@@ -36,6 +36,7 @@ class Subject:
 
     model: str
     dtype: str
+    quantization: str | None  #: format of most weights and where its codes come from
     isa: str
     max_model_len: int  #: tokens
     shape: dict[str, Any]
@@ -150,6 +151,7 @@ def look(options: CompileOptions) -> Subject:
     from sinterlm import compile as compiler
     from sinterlm.commands.ui import TerminalProgress
     from sinterlm.ir.cost import plan_costs
+    from sinterlm.passes.formats import main_format
 
     with TerminalProgress() as progress:
         job = compiler.resolve(options, progress)
@@ -159,6 +161,7 @@ def look(options: CompileOptions) -> Subject:
             return Subject(
                 model=checkpoint.name,
                 dtype=job.dtype,
+                quantization=main_format(plan.graph, checkpoint.origin),
                 isa=job.isa,
                 max_model_len=compiler.model_len(options, config),
                 shape=asdict(compiler.model_shape(config)),
@@ -177,6 +180,7 @@ def _of_bundle(bundle: Bundle) -> Subject:
     return Subject(
         model=manifest.model,
         dtype=manifest.dtype,
+        quantization=manifest.quantization,
         isa=manifest.isa,
         max_model_len=manifest.max_model_len,
         shape=asdict(manifest.shape),
@@ -206,6 +210,7 @@ def gather(subject: Subject, step: tuple[int, int], machine: Slopes | None) -> d
         rows.append(row)
     facts: dict[str, Any] = {
         "model": subject.model, "dtype": subject.dtype, "isa": subject.isa,
+        "quantization": subject.quantization,
         "max_model_len": subject.max_model_len, "shape": subject.shape,
         "step": {"num_tokens": step[0], "context_len": step[1], "num_rows": 1},
         "ops": rows,
@@ -239,6 +244,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         ],
         "packing": [
             {"name": t.name, "kind": t.kind, "dtype": t.dtype, "n": t.n, "k": t.k,
+             "format": t.format.name if t.format else None,
              "offset": t.offset, "bytes": t.nbytes, "from": [s.weight for s in t.segments]}
             for t in plan.layout.tensors
         ],

@@ -23,7 +23,8 @@ def print_subject(subject: Subject, facts: dict[str, Any], all_layers: bool) -> 
 
 def _print_head(subject: Subject, facts: dict[str, Any]) -> None:
     shape = subject.shape
-    print(f"{subject.model}: {shape['architecture']}, {subject.dtype}, {subject.isa}")
+    dtype = subject.quantization or subject.dtype
+    print(f"{subject.model}: {shape['architecture']}, {dtype}, {subject.isa}")
     print(
         f"{shape['num_layers']} layers, hidden {shape['hidden_size']}, "
         f"{shape['num_heads']} heads on {shape['num_kv_heads']} KV heads of {shape['head_dim']}, "
@@ -104,12 +105,17 @@ def _short(names: list[str]) -> str:
 
 
 def _print_packing(tensors: list[dict[str, Any]], all_layers: bool) -> None:
+    """Of the layers only the first, and what is stored otherwise than there."""
+    first = {t["name"].removeprefix("layers.0."): t["format"] for t in tensors}
     rows = [
-        (t["name"], t["kind"], t["dtype"], t["n"], t["k"], t["offset"], show_bytes(t["bytes"]))
+        (t["name"], t["kind"], t["format"] or t["dtype"], t["n"], t["k"], t["offset"],
+         show_bytes(t["bytes"]))
         for t in tensors
-        if all_layers or not re.match(r"layers\.[1-9]", t["name"])
-    ]
-    columns = ["tensor", "layout", "dtype", "n", "k", "offset", "size"]
+        if all_layers
+        or not re.match(r"layers\.[1-9]", t["name"])
+        or t["format"] != first.get(t["name"].split(".", 2)[2])
+    ]  # fmt: skip
+    columns = ["tensor", "layout", "format", "n", "k", "offset", "size"]
     print_table(f"Packing: {len(tensors)} tensors", columns, rows, right=range(3, 7))
 
 

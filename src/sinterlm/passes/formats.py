@@ -102,7 +102,7 @@ def choose_formats(
         if form is None:
             form = scheme.format(op)
             if error_of is not None:
-                form = wide_enough(matrices(op), form, error_of)
+                form = wide_enough(op.matrices, form, error_of)
         if form is not None:
             form = _fit_heads(op, form, graph.config.head_dim)
             formats |= dict.fromkeys(op.matrices, form)
