@@ -46,11 +46,12 @@ class Server:
         return self.child is None or self.child.poll() is None
 
     def reset_prefix_cache(self) -> None:
-        """Forget every prompt, where the server can. Raises RuntimeFault where it refuses."""
+        """Forget every prompt; a server that answers 501 keeps none. Raises RuntimeFault where it
+        refuses."""
         if self.launch.reset_path is None:
             return
         status, said = fetch(self.url + self.launch.reset_path, method="POST", timeout_s=30)
-        if status != 200:
+        if status not in (200, 501):
             raise RuntimeFault(
                 f"{self.url}{self.launch.reset_path} answered {status}: {said[:200]!r}"
             )
