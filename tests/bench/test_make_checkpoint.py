@@ -38,7 +38,10 @@ def text() -> TextAssets:
         return checkpoint.text
 
 
-@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "family",
+    ["LlamaForCausalLM", pytest.param("Qwen2ForCausalLM", marks=pytest.mark.slow)],
+)
 def test_read_back(tmp_path: Path, text: TextAssets, family: str) -> None:
     data = small(architectures=[family], model_type=family[:5].lower())
     source = DummyCheckpoint("small", read_config(data), seed=3)

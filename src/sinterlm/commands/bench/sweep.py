@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         where = f"{point.arm} ({point.variant}), batch size {point.batch_size}"
         print(f"sinterlm: failed: {where}: {point.failure}", file=sys.stderr)
     if not done:
-        print("time is up; the same command goes on from here", file=sys.stderr)
+        print("not all is measured: time is up; the same command goes on", file=sys.stderr)
     print(f"{len(store.points())} points, {len(failed)} failed; now: sinterlm bench report "
           f"{args.output}")  # fmt: skip
     return 1 if failed else 0
