@@ -35,8 +35,9 @@ class QuantConfig:
 
     @property
     def name(self) -> str:
-        """For people and digests: ``gptq-int4``."""
-        return f"{self.packing.split('-')[0]}-int{self.bits}"
+        """For people and digests: ``gptq-int4``, ``compressed-tensors-int8``."""
+        method = self.packing if self.packing in ("gptq", "awq") else "compressed-tensors"
+        return f"{method}-int{self.bits}"
 
 
 def read_quantization(fields: Fields) -> QuantConfig | None:
