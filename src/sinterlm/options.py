@@ -114,6 +114,7 @@ class ServeOptions:
     reasoning_parser: str = "auto"
     #: ``tool_choice: auto`` works wherever there is a tool parser; True = refuse to start without.
     enable_auto_tool_choice: bool = False
+    measure_roof: bool = False  #: measure the machine's peaks at start, to hold ops against them
     dev_mode: bool = False  #: also serve what is unsafe in production: /reset_prefix_cache
 
     log_format: Literal["text", "json"] = "text"  #: of the log: key=value, or one object per line

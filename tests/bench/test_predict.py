@@ -11,8 +11,8 @@ from sinterlm import cli
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.bench.predict import DEVICES_BY_NAME, SHARES, predict, serving_roof_s
 from sinterlm.bench.results import Peaks
-from sinterlm.bench.roofline import Step, batch_loads, roof_seconds
 from sinterlm.errors import UsageError
+from sinterlm.runtime.roofline import Step, batch_loads, roof_seconds
 from tests.bench.conftest import TINY
 
 

@@ -11,12 +11,12 @@ import pytest
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.bench.phases import PhasedEngine
 from sinterlm.bench.recording import RecordingModel, StepRecord
-from sinterlm.bench.roofline import Step
 from sinterlm.bench.setup import open_recording, random_prompts
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.roofline import Step
 
 OPTIONS = EngineOptions(
     max_model_len=64, max_num_seqs=4, max_num_batched_tokens=24, block_size=16, num_threads=1

@@ -12,10 +12,10 @@ from sinterlm.artifact.manifest import OpCost
 from sinterlm.bench import kernels, throughput
 from sinterlm.bench.recording import StepRecord
 from sinterlm.bench.results import Peaks
-from sinterlm.bench.roofline import Step, batch_loads, fraction, step_loads
 from sinterlm.bench.setup import peaks_around
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.roofline import Step, batch_loads, fraction, step_loads
 
 OPTIONS = EngineOptions(
     max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32, block_size=16, num_threads=2

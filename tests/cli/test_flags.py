@@ -65,6 +65,7 @@ def test_every_flag_reaches_its_field() -> None:
         "trust_request_chat_template": (None, True),
         "tool_call_parser": ("hermes", "hermes"), "reasoning_parser": ("qwq", "qwq"),
         "enable_auto_tool_choice": (None, True), "dev_mode": (None, True),
+        "measure_roof": (None, True),
         "log_format": ("json", "json"), "log_file": ("l", Path("l")),
         "log_level": ("debug", "debug"), "log_prompts": (None, True), "access_log": (None, True),
         "max_mixed_prefill_tokens": ("5", 5), "num_scheduler_steps": ("3", 3),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from sinterlm.artifact.manifest import ModelShape
+from sinterlm.artifact.manifest import ModelShape, OpCost
 from sinterlm.artifact.text import TextAssets
 from sinterlm.engine.llm import LLM
 from sinterlm.options import EngineOptions
@@ -32,6 +32,8 @@ class FakeBundle:
         return SimpleNamespace(
             shape=shape, dtype="fp32", max_model_len=self.max_model_len,
             weights=SimpleNamespace(nbytes=1000) if self.has_weights else None,
+            ops=(OpCost("all", -1, 10**6, 0, 0, 0, 0, 0, 0),),
+            constants=SimpleNamespace(windows=()),
             activation_bytes_per_token=64, activation_bytes_per_row=64,
         )  # fmt: skip
 

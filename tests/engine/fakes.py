@@ -53,6 +53,8 @@ class FakeModel:
         self.closed = False
         self.num_steps = self.num_tokens = self.num_repeats = 0
         self.most_seqs = self.most_tokens = 0
+        self.ns_per_step = 1000
+        self.fail_probe: Exception | None = None
         self.fail_at: dict[int, BaseException] = {}
         self.alloc_kv(num_pages, page_tokens)
 
@@ -62,9 +64,15 @@ class FakeModel:
     def close(self) -> None:
         self.closed = True
 
+    def probe(self, seconds: float) -> tuple[float, float]:
+        if self.fail_probe is not None:
+            raise self.fail_probe
+        return 1.0, 1.0
+
     def describe(self) -> dict[str, object]:
         assert not self.closed
-        return {"ops": [{"name": "all", "calls": self.num_steps, "ns": 1000 * self.num_steps}]}
+        ns = self.ns_per_step * self.num_steps
+        return {"ops": [{"name": "all", "calls": self.num_steps, "ns": ns}]}
 
     def step(self, batch: StepBatch) -> StepResult:
         assert not self.closed

@@ -23,6 +23,7 @@ from sinterlm.serve.bridge import Bridge
 from tests.engine.fake_bundle import load
 from tests.serve.bridges import (
     GREEDY,
+    LONG,
     QuickModel,
     gated,
     load_on,
@@ -139,6 +140,27 @@ def test_run_idle_sees_the_engine_between_steps() -> None:
             assert (op.name, op.calls, op.seconds) == ("all", 5, 5e-6)
         with pytest.raises(DrainingError):
             await bridge.run_idle(lambda engine: None)
+
+    run(test)
+    llm.close()
+
+
+def test_ops_are_held_against_the_roof_once_it_is_measured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    llm, model = gated()
+
+    async def test() -> None:
+        async with running(llm) as bridge:
+            model.fail_probe = ResourceError("no memory for the buffer")
+            await bridge.measure_roof(0.1)
+            assert "no fractions of the roof: no memory" in caplog.text
+            model.fail_probe = None
+            model.ns_per_step = 4 * 10**6  # and the roof is 1 ms: 1 MB at 1 GB/s
+            await bridge.measure_roof(0.1)
+            await read(bridge.submit(submission(params=LONG)))
+            (op,) = bridge.stats().ops
+            assert op.calls == 100 and op.roof_fraction == pytest.approx(0.25)
 
     run(test)
     llm.close()

@@ -14,7 +14,6 @@ from sinterlm.artifact.manifest import Manifest
 from sinterlm.bench.phases import PhasedEngine
 from sinterlm.bench.recording import RecordingModel, StepRecord
 from sinterlm.bench.results import KernelsReport, OpTime, Peaks, Slice, StepCase
-from sinterlm.bench.roofline import OpLoad, batch_loads, fraction
 from sinterlm.bench.setup import (
     Tell,
     machine_facts,
@@ -28,6 +27,7 @@ from sinterlm.engine.llm import LLM
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import ResourceError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.roofline import OpLoad, batch_loads, fraction
 
 #: ``Model.step`` outside the ops: structs, the C call, checks of arguments, tokens of slots.
 CALL = "call around the ops"

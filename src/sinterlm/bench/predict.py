@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from sinterlm.artifact.manifest import OpCost
 from sinterlm.bench.published import DEVICES, published_rows
 from sinterlm.bench.results import Peaks
-from sinterlm.bench.roofline import Step, batch_loads, roof_seconds, total_bytes
 from sinterlm.errors import UsageError
+from sinterlm.runtime.roofline import Step, batch_loads, roof_seconds, total_bytes
 
 
 @dataclass(frozen=True)

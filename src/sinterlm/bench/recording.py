@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinterlm.bench.roofline import Step
 from sinterlm.errors import UsageError
 from sinterlm.runtime.batch import Int32, StepBatch, StepResult
 from sinterlm.runtime.model import Model
+from sinterlm.runtime.roofline import Step
 
 
 @dataclass(frozen=True, slots=True, eq=False)

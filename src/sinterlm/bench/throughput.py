@@ -16,7 +16,6 @@ from sinterlm.artifact.bundle import Bundle
 from sinterlm.artifact.manifest import Manifest
 from sinterlm.bench.recording import RecordingModel, StepRecord
 from sinterlm.bench.results import Peaks, ThroughputCase, ThroughputReport
-from sinterlm.bench.roofline import batch_loads, fraction, roof_seconds
 from sinterlm.bench.setup import (
     Tell,
     machine_facts,
@@ -31,6 +30,7 @@ from sinterlm.engine.prompts import TokensPrompt
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.roofline import batch_loads, fraction, roof_seconds
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _figures(session: Session, answer: RequestOutput, gbytes: float) -> list[str
 
 def bytes_per_token(llm: LLM, answer: RequestOutput) -> int:
     """Bytes that one decode step moves, at the mean context of the answer."""
-    from sinterlm.bench.roofline import Step, step_loads, total_bytes
+    from sinterlm.runtime.roofline import Step, step_loads, total_bytes
 
     manifest = llm.bundle.manifest
     context = len(answer.prompt_token_ids) + len(answer.outputs[0].token_ids) // 2

@@ -77,6 +77,8 @@ HELP: dict[str, str] = {
     "reasoning_parser": "deepseek_r1, qwq, qwen3, none, or auto = by the chat template",
     "enable_auto_tool_choice": "refuse to start without a tool parser; with one, tool_choice auto "
     "always works",
+    "measure_roof": "measure the machine's peaks at start, some seconds, so that /metrics and "
+    "the page show each op's share of them",
     "dev_mode": "also serve /reset_prefix_cache",
     "log_format": "key=value pairs, or one JSON object per line",
     "log_file": "append the log to this file (default: stderr)",

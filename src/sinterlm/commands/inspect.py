@@ -196,7 +196,7 @@ def _of_bundle(bundle: Bundle) -> Subject:
 
 def gather(subject: Subject, step: tuple[int, int], machine: Slopes | None) -> dict[str, Any]:
     """Everything as one JSON-able object; seconds only where ``machine`` is known."""
-    from sinterlm.bench.roofline import Step, roof_seconds, step_loads, total_bytes
+    from sinterlm.runtime.roofline import Step, roof_seconds, step_loads, total_bytes
 
     loads = step_loads(subject.ops, subject.windows, Step(step[0], step[1]))
     rows: list[dict[str, Any]] = []

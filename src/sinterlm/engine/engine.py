@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -216,6 +216,10 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget what is in every page; running requests keep theirs and go on."""
         self.scheduler.pool.forget()
+
+    def wrap_model(self, wrap: Callable[[StepModel], StepModel]) -> None:
+        """Run what follows through ``wrap(model)``; for whoever wants to see the steps."""
+        self._model = wrap(self._model)
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread; ``ops`` is left to whoever can ask the model."""

@@ -6,7 +6,7 @@ snapshots the counters live in ``Counters``, which whoever does the counted thin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,8 +63,11 @@ class EngineStats:
     ops: tuple[OpStats, ...] = ()  #: in the order they run
 
 
-def op_stats(description: Mapping[str, Any]) -> tuple[OpStats, ...]:
-    """The ops of ``Model.describe()``."""
+def op_stats(
+    description: Mapping[str, Any], fraction: Callable[[str], float | None]
+) -> tuple[OpStats, ...]:
+    """The ops of ``Model.describe()``; ``fraction`` gives a kind's share of its roof."""
     return tuple(
-        OpStats(op["name"], op["calls"], op["ns"] / 1e9, None) for op in description["ops"]
+        OpStats(op["name"], op["calls"], op["ns"] / 1e9, fraction(op["name"]))
+        for op in description["ops"]
     )

@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 from sinterlm.engine.engine import Engine
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.outputs import Delta, RequestOutput
+from sinterlm.engine.roof_meter import RoofMeter
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.stats import EngineStats, OpStats, op_stats
-from sinterlm.errors import DrainingError, EngineDeadError, UsageError
+from sinterlm.errors import DrainingError, EngineDeadError, ResourceError, UsageError
 from sinterlm.serve.stream import AbortReason, Stream
 from sinterlm.serve.waiting_room import WaitingRoom
 
@@ -79,6 +80,7 @@ class Bridge:
         # Read by that thread alone: the model may be closed under anybody else.
         self._ops: tuple[OpStats, ...] = ()
         self._ops_time = -math.inf
+        self._meter: RoofMeter | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -194,6 +196,17 @@ class Bridge:
         finally:
             self._calls.discard(future)
 
+    async def measure_roof(self, seconds: float) -> None:
+        """Measure the machine's peaks for about that long, so that ops are held against them.
+
+        Everything in flight waits meanwhile. Without the memory that it takes (some hundred MB)
+        their fractions stay unknown, which is logged.
+        """
+        try:
+            self._meter = await self.run_idle(lambda engine: _meter(self._llm, engine, seconds))
+        except ResourceError as exc:
+            logger.warning("no fractions of the roof: %s", exc)
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine, from any thread, also after it died."""
         if self._engine is None:
@@ -262,7 +275,10 @@ class Bridge:
         assert self._engine is not None
         now = time.monotonic()
         if now - self._ops_time >= _OPS_INTERVAL_S or not self._engine.has_unfinished:
-            self._ops = op_stats(self._llm.model.describe())
+            meter = self._meter
+            self._ops = op_stats(
+                self._llm.model.describe(), lambda name: meter.fraction(name) if meter else None
+            )
             self._ops_time = now
 
     def _obey(self, *, wait: bool) -> None:
@@ -287,6 +303,21 @@ class Bridge:
         """Run ``fn`` on the event loop, soon. Nobody is left to tell once the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(fn, *args)
+
+
+def _meter(llm: LLM, engine: Engine, seconds: float) -> RoofMeter:
+    """Probe the machine, and let the engine's steps be compared with what it can do."""
+    manifest = llm.bundle.manifest
+    gflops, gbytes = llm.model.probe(seconds)
+    meter = RoofMeter(
+        llm.model,
+        manifest.ops,
+        manifest.constants.windows,
+        bytes_per_s=1e9 * gbytes,
+        flops_per_s=1e9 * gflops,
+    )
+    engine.wrap_model(lambda _: meter)
+    return meter
 
 
 def _deadline(timeout_s: float | None) -> float | None:

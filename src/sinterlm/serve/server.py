@@ -47,6 +47,8 @@ _LAST_WORDS = 2.0
 #: Of the time to shut down, for the engine to finish; the rest is for its last tokens to leave.
 _ENGINE_SHARE = 0.9
 _MOST_FILES = 65536
+#: Asked of the probe of --measure-roof; filling its buffer takes longer.
+_PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class _Run:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self._signals.put_nowait, one)
         await self._bridge.start()
+        if self._options.measure_roof:
+            await self._bridge.measure_roof(_PROBE_SECONDS)
         serving = asyncio.create_task(self._server.run())
         while not self._server.started:
             await asyncio.sleep(0.005)

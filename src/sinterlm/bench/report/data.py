@@ -19,9 +19,9 @@ from sinterlm.bench.bootstrap import Ratio, log_ratio, mean_interval, noise_band
 from sinterlm.bench.facts import SweepFacts, read_facts
 from sinterlm.bench.predict import serving_roof_s
 from sinterlm.bench.results import Peaks
-from sinterlm.bench.roofline import MOST_CREDIBLE
 from sinterlm.bench.sweep_plan import AGAIN, COLD, SweepPlan, read_plan
 from sinterlm.bench.sweep_store import LaunchFacts, Point, Series, SweepStore, series_of
+from sinterlm.runtime.roofline import MOST_CREDIBLE
 
 #: A 99th percentile of fewer requests is one of the three slowest ones, by name.
 ENOUGH_FOR_P99 = 300

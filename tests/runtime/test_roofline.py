@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sinterlm.artifact.manifest import OpCost
-from sinterlm.bench.roofline import Step, load_of, roof_seconds, step_loads, total_bytes
+from sinterlm.runtime.roofline import Step, load_of, roof_seconds, step_loads, total_bytes
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 50))
