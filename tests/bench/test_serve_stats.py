@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts.vllm_metrics import DURATION_S, GOLDENS, GOODPUT, PERCENTILES, records
 
 from sinterlm.bench.raw import RawRun, RequestRecord, RunRecord, read_raw, write_raw
 from sinterlm.bench.serve_stats import ServeStats, serve_stats, steady_window
@@ -166,3 +167,24 @@ def test_a_clock_that_was_set_is_noticed() -> None:
 
 def test_json_is_strict() -> None:
     json.dumps(serve_stats(run(record(0, 0.0, (0.1,)))).to_json(), allow_nan=False)
+
+
+def test_every_statistic_is_vllms() -> None:
+    """The same records through vLLM's own ``calculate_metrics``; ``scripts/vllm_metrics.py``."""
+    from itertools import accumulate
+
+    theirs = json.loads(GOLDENS.read_text())
+    lines = []
+    for i, made in enumerate(records()):
+        events = tuple(accumulate(made["gaps"], initial=made["ttft"]))
+        lines.append(
+            record(i, made["start"], events, usage_tokens=made["tokens"],
+                   prompt_len=made["prompt_len"], error="x" if made["fails"] else None)
+        )  # fmt: skip
+    stats = serve_stats(run(*lines, duration=DURATION_S), PERCENTILES, GOODPUT)
+    ours = stats.to_json()
+    names = {"total_input": "total_input_tokens", "total_output": "total_output_tokens"}
+    compared = {k: v for k, v in theirs.items() if k not in ("vllm", "rtfx")}
+    assert len(compared) >= 30
+    for name, value in compared.items():
+        assert ours[names.get(name, name)] == pytest.approx(value, rel=1e-9), name
