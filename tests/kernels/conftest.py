@@ -1,4 +1,6 @@
-"""One op-test library per ISA level this machine has, built once per session."""
+"""One op-test library per ISA level this machine has, built once per session; and of the quantised
+kernels, those of AVX-512 emulated by SIMDe where the machine lacks them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sinterlm.backends.cpu.isa import available_isas
+from sinterlm.backends.cpu.isa import available_isas, isa_macro
+from sinterlm.options import IsaName
 from tests.kernels.coded import CodedLib
 from tests.kernels.oplib import OpLib
 
@@ -16,9 +19,34 @@ def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return OpLib(request.param, _folder(tmp_path_factory))
 
 
-@pytest.fixture(scope="session", params=available_isas())
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+SHIM = Path(__file__).with_name("simde_avx512.h")
+EMULATED: tuple[IsaName, ...] = ("avx512bf16", "avx512")
+
+
+def _levels() -> list[object]:
+    """Levels to test natively, then those to emulate: slow, since they take minutes to build."""
+    native = available_isas()
+    return [
+        *native,
+        *(
+            pytest.param(f"{isa} emulated", marks=pytest.mark.slow)
+            for isa in EMULATED
+            if isa not in native
+        ),
+    ]
+
+
+@pytest.fixture(scope="session", params=_levels())
 def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CodedLib:
-    return CodedLib(request.param, _folder(tmp_path_factory), ("-O1",))
+    isa, _, is_emulated = request.param.partition(" ")
+    folder = _folder(tmp_path_factory)
+    if not is_emulated:
+        return CodedLib(isa, folder, ("-O1",))
+    if not SIMDE.exists() or "avx2" not in available_isas():
+        pytest.skip("needs SIMDe's headers (Debian: libsimde-dev) and AVX2")
+    flags = ("-O1", f"-D{isa_macro(isa)}=1", "-include", str(SHIM))
+    return CodedLib(isa, folder, flags, build_isa="avx2")
 
 
 def _folder(factory: pytest.TempPathFactory) -> Path:
