@@ -18,7 +18,7 @@ from sinterlm.artifact.bundle import Bundle, check_compiled_as, is_bundle, open_
 from sinterlm.engine.admission import checked_tokens
 from sinterlm.engine.engine import Engine
 from sinterlm.engine.gate import Gate
-from sinterlm.engine.loading import load_bundle
+from sinterlm.engine.loading import cpu_ids_from, folder_from, load_bundle
 from sinterlm.engine.memory import KvPlan, check_options
 from sinterlm.engine.outputs import Delta, RequestOutput
 from sinterlm.engine.prompts import (
@@ -102,7 +102,7 @@ class LLM:
             kv_cache_memory_fraction=kv_cache_memory_fraction,
             block_size=block_size,
             num_threads=num_threads,
-            cpu_ids=_cpu_ids(cpu_ids),
+            cpu_ids=cpu_ids_from(cpu_ids),
             seed=seed,
         )
         check_options(engine_options)
@@ -118,7 +118,7 @@ class LLM:
             seed=seed,
             max_model_len=max_model_len,
             revision=revision,
-            cache_dir=None if cache_dir is None else _folder("cache_dir", cache_dir),
+            cache_dir=None if cache_dir is None else folder_from("cache_dir", cache_dir),
             bundle_sha256=bundle_sha256,
         )
         self._load(_find_bundle(compile_options), engine_options, Model)
@@ -367,21 +367,6 @@ class LLM:
         request_id = str(next(self._request_numbers))
         engine.add_request(request_id, prompt.token_ids, params, prompt=prompt.text, stream=stream)
         return request_id
-
-
-def _cpu_ids(given: object) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise UsageError(f"cpu_ids={given!r} must be a list of CPU numbers")
-    return tuple(given)
-
-
-def _folder(name: str, given: str | Path) -> Path:
-    # Path("") is the working directory: nobody who passes an empty text means that.
-    if given == "" or not isinstance(given, str | Path):
-        raise UsageError(f"{name}={given!r} must be a folder")
-    return Path(given)
 
 
 def _find_bundle(options: CompileOptions) -> Bundle:

@@ -5,8 +5,9 @@ Refuses, before any weight is read, what memory does not hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.artifact.env import env_int
@@ -17,7 +18,7 @@ from sinterlm.engine.sampling import SamplingParams, default_sampling_params
 from sinterlm.engine.schedule import StepLimits
 from sinterlm.engine.speculation import NgramProposer
 from sinterlm.engine.tokenizer import Tokenizer
-from sinterlm.errors import BundleError
+from sinterlm.errors import BundleError, UsageError
 from sinterlm.options import EngineOptions
 from sinterlm.runtime.machine import Machine, read_machine
 from sinterlm.runtime.model import Model
@@ -100,3 +101,20 @@ def _workers(options: EngineOptions, machine: Machine) -> tuple[int, tuple[int, 
     threads = asked or env_int("SINTERLM_NUM_THREADS") or machine.num_cpus
     whole = threads == len(machine.cpu_ids) > 1
     return threads, options.cpu_ids or (machine.cpu_ids if whole else None)
+
+
+def cpu_ids_from(given: object) -> tuple[int, ...] | None:
+    """The ``cpu_ids`` that a caller gave. Raises UsageError for what is no list."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError(f"cpu_ids={given!r} must be a list of CPU numbers")
+    return tuple(given)
+
+
+def folder_from(name: str, given: str | Path) -> Path:
+    """The folder that a caller gave as ``name``. Raises UsageError for what is none."""
+    # Path("") is the working directory: nobody who passes an empty text means that.
+    if given == "" or not isinstance(given, str | Path):
+        raise UsageError(f"{name}={given!r} must be a folder")
+    return Path(given)
