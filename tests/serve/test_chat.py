@@ -265,6 +265,7 @@ class TestRendering:
     def test_unknown_role(self, server: Server) -> None:
         answer = server.chat({"messages": [{"role": "wizard", "content": "a"}]})
         assert answer.status == 400 and answer.error["param"] == "messages[0].role"
+        assert "none of assistant, developer, system" in answer.error["message"]
 
     def test_continue_final_message(self, server: Server) -> None:
         messages = [user("a"), {"role": "assistant", "content": "I th"}]

@@ -27,6 +27,7 @@ _MOST_SHOWN = 40  #: characters of a name a client made up
 T = TypeVar("T", bound=msgspec.Struct)
 
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_STEP = re.compile(r"\w+|\[\d+\]")
 _MISSING = re.compile(r"Object missing required field `(.*?)`")
 
 
@@ -53,7 +54,7 @@ class BodyDecoder(Generic[T]):
         try:
             request = msgspec.convert(data, self._kind)
         except msgspec.ValidationError as exc:
-            raise _invalid(str(exc)) from None
+            raise _invalid(str(exc), self._info) from None
         refuse_unsupported(request, self._rules)
         return request
 
@@ -172,8 +173,8 @@ def _unknown_field(where: str, name: str, known: list[str]) -> ApiError:
     return bad_request(f"unknown field {path}; {hint}", param=path, code="unknown_parameter")
 
 
-def _invalid(message: str) -> ApiError:
-    """msgspec's message, with the path in front as clients know it."""
+def _invalid(message: str, info: msgspec.inspect.Type) -> ApiError:
+    """msgspec's message, with the path in front as clients know it, and the words there are."""
     found = _PLACE.search(message)
     path = found[1] if found else ""
     reason = message[: found.start()] if found else message
@@ -182,7 +183,26 @@ def _invalid(message: str) -> ApiError:
         path = _joined(path, missing[1])
         return bad_request(f"{path} is missing", param=path, code="missing_required_parameter")
     reason = reason[:1].lower() + reason[1:].replace("`", "")
+    words = _words(info, _STEP.findall(path)) if reason.startswith("invalid enum") else []
+    if words:
+        reason += f", which is none of {', '.join(words)}"
     return bad_request(f"{path}: {reason}", param=path or None, code="invalid_type")
+
+
+def _words(info: msgspec.inspect.Type, steps: list[str]) -> list[str]:
+    """The texts that may stand where ``steps`` lead from a declaration."""
+    if isinstance(info, msgspec.inspect.Metadata):
+        return _words(info.type, steps)
+    if isinstance(info, msgspec.inspect.UnionType):
+        return [word for kind in info.types for word in _words(kind, steps)]
+    if isinstance(info, msgspec.inspect.LiteralType) and not steps:
+        return [str(value) for value in info.values]
+    if isinstance(info, msgspec.inspect.ListType) and steps and steps[0].startswith("["):
+        return _words(info.item_type, steps[1:])
+    if isinstance(info, msgspec.inspect.StructType) and steps:
+        kinds = [field.type for field in info.fields if field.encode_name == steps[0]]
+        return [word for kind in kinds for word in _words(kind, steps[1:])]
+    return []
 
 
 def _joined(path: str, name: str) -> str:

@@ -38,34 +38,34 @@ class TokensEndpoint:
         body = await json_body(request)
         asked = self._tokenize.decode(body)
         self._served.check_name(asked.model)
-        prompt = await off_loop(len(body), lambda: self._prompt(asked))
-        ids = list(prompt.token_ids)
-        texts = None
-        if asked.return_token_strs:
-            texts = [self._served.tokenizer.token_text(i) or "" for i in ids]
-        return json_answer(
-            TokenizeAnswer(
-                count=len(ids),
-                max_model_len=self._served.max_model_len,
-                tokens=ids,
-                token_strs=texts,
-            )
-        )
+        return json_answer(await off_loop(len(body), lambda: self._tokenized(asked)))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         body = await json_body(request)
         asked = self._detokenize.decode(body)
         self._served.check_name(asked.model)
-        ids = self._renderer.tokens(asked.tokens, "tokens", may_be_empty=True).token_ids
         try:
-            text = await off_loop(
-                len(body),
-                lambda: self._served.tokenizer.decode(list(ids), skip_special_tokens=False),
-            )
+            text = await off_loop(len(body), lambda: self._text(asked))
         except UsageError as exc:
             raise from_exception(exc, param="tokens") from exc
         return json_answer(DetokenizeAnswer(text))
+
+    def _text(self, asked: DetokenizeRequest) -> str:
+        ids = self._renderer.tokens(asked.tokens, "tokens", may_be_empty=True).token_ids
+        return self._served.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _tokenized(self, asked: TokenizeRequest) -> TokenizeAnswer:
+        ids = list(self._prompt(asked).token_ids)
+        texts = None
+        if asked.return_token_strs:
+            texts = [self._served.tokenizer.token_text(i) or "" for i in ids]
+        return TokenizeAnswer(
+            count=len(ids),
+            max_model_len=self._served.max_model_len,
+            tokens=ids,
+            token_strs=texts,
+        )
 
     def _prompt(self, asked: TokenizeRequest) -> Prompt:
         if (asked.prompt is None) == (asked.messages is None):
