@@ -32,7 +32,7 @@ CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
   bench bench-quick bench-full bench-setup bench-parity
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 # ---- environments: one stamp each, remade when pyproject.toml changes
 
