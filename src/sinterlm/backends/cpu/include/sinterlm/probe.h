@@ -23,6 +23,7 @@ struct DotOf<Wide<E>> {
   using Weights = Panel<E>;
   using Sum = Vec;
   static constexpr int kFlops = 2 * kLanes * kPair<E>;
+  static constexpr int kNext = 0;  // bytes from one sum's activations to the next one's
   SL_INLINE Weights load(const void* p) { return Panel<E>::load(static_cast<const E*>(p)); }
   SL_INLINE Sum mac(Sum sum, const void* a, const Weights& w) {
     return Panel<E>::mac(sum, static_cast<const E*>(a), w);
@@ -33,6 +34,7 @@ struct DotOf<WeightOnly<E, Bits, Group, Offsets>> : DotOf<Wide<E>> {};
 template <int Bits, int Group, bool Offsets, int ActGroup>
 struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
   static constexpr int kFlops = 2 * kLanes * 32 / Bits;
+  static constexpr int kNext = 8;  // else one product would be computed once and added to all
   SL_INLINE typename Dot<Bits>::Weights load(const void* p) {
     return Dot<Bits>::load(static_cast<const uint8_t*>(p));
   }
@@ -42,8 +44,8 @@ struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
   }
 };
 
-// `rounds` steps of the GEMM's register tile without memory; `operands` are 64 bytes of zeros, and
-// so is what comes back.
+// `rounds` steps of the GEMM's register tile without memory; `operands` are 256 bytes of zeros, and
+// zero comes back.
 template <class D>
 int spin_tile(int rounds, const char* operands) {
   constexpr int kSums = kTileRows * tile_cols(kTileRows);
@@ -52,7 +54,8 @@ int spin_tile(int rounds, const char* operands) {
   const typename D::Weights panel = D::load(operands);
   for (int i = 0; i < rounds; ++i) {
 #pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j) sum[j] = D::mac(sum[j], operands, panel);
+    for (int j = 0; j < kSums; ++j) sum[j] = D::mac(sum[j], operands + j * D::kNext, panel);
+    if constexpr (D::kNext > 0) asm volatile("" : "+r"(operands));  // products differ per round
   }
   char bytes[sizeof sum];
   std::memcpy(bytes, sum, sizeof sum);
@@ -102,7 +105,7 @@ sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
   });
   constexpr int kRounds = 1 << 16;
   using D = DotOf<F>;
-  alignas(64) const char operands[64] = {};
+  alignas(64) const char operands[256] = {};
   const int64_t dot_ns = best_of(*m.pool, seconds / 2, [&](Worker& w) {
     sink[w.id * 16] += static_cast<float>(spin_tile<D>(kRounds, operands));
   });
