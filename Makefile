@@ -28,7 +28,7 @@ CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format dist goldens train-tiny clean \
+.PHONY: help setup demo test test-all soak check format dist goldens train-tiny clean \
   bench bench-quick bench-full bench-setup bench-parity
 
 help:
@@ -119,6 +119,9 @@ test: setup
 
 test-all: setup $(VENV)/stamps/browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+soak: setup
+	SOAK_SECONDS=300 $(BIN)/python -m pytest -q -s tests/serve/load/test_soak.py
 
 check: $(VENV)/stamps/dev
 	$(BIN)/ruff check .
