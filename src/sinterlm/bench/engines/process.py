@@ -143,15 +143,17 @@ def first_text(body: bytes) -> str:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a server and every process it left in its session: asked first, then killed."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
+    """End a server and every process it left in its session: asked first, then killed, at once
+    where a second Ctrl-C interrupts the asking."""
+    try:
+        if child.poll() is None:
             child.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_STOP_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def peak_memory(session: int) -> int:
