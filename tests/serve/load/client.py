@@ -62,13 +62,19 @@ def cases(count: int, *, max_tokens: Sequence[int] = (6, 12, 18, 24)) -> list[Ca
     return made
 
 
-async def stream(port: int, case: Case, *, drop_after_s: float | None = None) -> Outcome:
-    """Run one request to its end, or close the connection after ``drop_after_s``."""
+async def stream(
+    port: int,
+    case: Case,
+    *,
+    drop_after_s: float | None = None,
+    drop_after_tokens: int | None = None,
+) -> Outcome:
+    """Run one request to its end, or close the connection after a time or a number of tokens."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     outcome = Outcome()
     try:
         writer.write(case.encoded())
-        reading = read(reader, outcome)
+        reading = read(reader, outcome, most_tokens=drop_after_tokens)
         await (reading if drop_after_s is None else asyncio.wait_for(reading, drop_after_s))
     except asyncio.TimeoutError:
         pass
@@ -77,8 +83,17 @@ async def stream(port: int, case: Case, *, drop_after_s: float | None = None) ->
     return outcome
 
 
-async def read(reader: asyncio.StreamReader, outcome: Outcome, pause_s: float = 0.0) -> None:
-    """Read an answer into ``outcome``; ``pause_s`` before every line makes a slow reader."""
+async def read(
+    reader: asyncio.StreamReader,
+    outcome: Outcome,
+    *,
+    pause_s: float = 0.0,
+    most_tokens: int | None = None,
+) -> None:
+    """Read an answer into ``outcome``, or its first ``most_tokens``.
+
+    ``pause_s`` before every line makes a slow reader.
+    """
     outcome.status = int((await reader.readline()).split()[1])
     while await reader.readline() not in (b"\r\n", b""):
         pass
@@ -90,6 +105,8 @@ async def read(reader: asyncio.StreamReader, outcome: Outcome, pause_s: float = 
             outcome.is_done = True
         elif line.startswith(b"data: "):
             _take(json.loads(line[6:]), outcome)
+            if most_tokens is not None and len(outcome.tokens) >= most_tokens:
+                return
 
 
 def _take(event: dict[str, Any], outcome: Outcome) -> None:

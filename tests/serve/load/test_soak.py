@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 CONNECTIONS = 500
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
-#: The longest a third of the clients wait before they leave, seconds.
+#: The longest a client that leaves by the clock waits, seconds.
 PATIENCE_S = 20.0
 
 
@@ -63,9 +63,15 @@ async def client(
     while time.monotonic() < end:
         which = draw.randrange(len(known))
         leaves = draw.random() < 1 / 3
-        drop_after_s = draw.uniform(0.0, PATIENCE_S) if leaves else None
+        by_clock = leaves and draw.random() < 0.5  # mostly while it waits; else within an answer
+        length = len(expected[which].tokens)
         try:
-            outcome = await stream(port, known[which], drop_after_s=drop_after_s)
+            outcome = await stream(
+                port,
+                known[which],
+                drop_after_s=draw.uniform(0.0, PATIENCE_S) if by_clock else None,
+                drop_after_tokens=draw.randrange(1, length) if leaves and not by_clock else None,
+            )
         except (OSError, ValueError, IndexError) as error:
             tally.faults.append(f"{type(error).__name__}: {error}")
             continue

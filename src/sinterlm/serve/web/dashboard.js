@@ -144,10 +144,10 @@ function drawOps({ ops, steps, step_seconds_total: stepSeconds }) {
   });
   byId("ops").replaceChildren(...rows);
   const inOps = ops.reduce((sum, op) => sum + op.seconds, 0);
+  const hasRoof = ops.some((op) => op.roof_fraction !== null);
+  const outside = `${number(steps)} steps, ${percent(1 - inOps / stepSeconds)} of their time outside the ops`;
   byId("ops-note").textContent =
-    steps === 0
-      ? "No step has run yet"
-      : `${number(steps)} steps, ${percent(1 - inOps / stepSeconds)} of their time outside the ops`;
+    steps === 0 ? "No step has run yet" : outside + (hasRoof ? "" : "; the roof: --measure-roof");
 }
 
 function meter(fraction, tone) {
