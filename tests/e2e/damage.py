@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "partial-rotary": (edit_config(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
     "quantized": (
-        edit_config(quantization_config={"quant_method": "awq", "bits": 4}), ("awq",),
+        edit_config(quantization_config={"quant_method": "aqlm"}), ("aqlm", "awq"),
     ),
     "no-shard": (delete(FIRST), (FIRST,)),
     "no-weights": (_no_safetensors, ("safetensors",)),

@@ -29,6 +29,7 @@ MAX_DIM = 1 << 40
 #: Floats are weights; integers are parts of a matrix in codes, which ``coded_tensors`` reads.
 _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _DTYPES = _FLOATS | {"I8": "int8", "I32": "int32", "I64": "int64"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SIZES = {name: kind.itemsize for name, kind in (STORAGE | INTEGERS).items()}
 _INDEX = "model.safetensors.index.json"
 
@@ -108,9 +109,9 @@ def check_floats(tensors: Mapping[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.info.dtype in INTEGERS:
             raise UnsupportedModelError(
-                f"{tensor.file}: tensor {show(name)}: dtype {tensor.info.dtype} is not supported "
-                f"here; supported: {', '.join(_FLOATS)}, and codes that quantization_config in "
-                "config.json describes"
+                f"{tensor.file}: tensor {show(name)}: dtype {_NAMES[tensor.info.dtype]} is not "
+                f"supported here; supported: {', '.join(_FLOATS)}, and codes that "
+                "quantization_config in config.json describes"
             )
 
 
