@@ -276,5 +276,5 @@ def test_integers_without_a_config_are_refused(tmp_path: Path) -> None:
         q.awq, lambda n, k: q.draw(n, k, 4, 32, False, np.random.default_rng(0))
     )
     folder = write_directory(tmp_path, q.DATA, arrays)
-    with pytest.raises(UnsupportedModelError, match=r"int32.*quantization_config"):
+    with pytest.raises(UnsupportedModelError, match=r"I32.*quantization_config"):
         SafetensorsCheckpoint(folder)

@@ -226,7 +226,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "many dimensions": ({"a": _entry([1] * 9, 0, 4)}, "shape"),
     "extra key": ({"a": _entry([2], 0, 8) | {"x": 1}}, "expected dtype"),
     "no entry": ({"a": 3}, "expected dtype"),
-    "int8": ({"a": _entry([8], 0, 8, "I8")}, "I8"),
+    "uint8": ({"a": _entry([8], 0, 8, "U8")}, "U8"),
     "fp8": ({"a": _entry([8], 0, 8, "F8_E4M3")}, "F8_E4M3"),
     "dtype a number": ({"a": _entry([2], 0, 8, 5)}, "dtype"),
 }
