@@ -41,7 +41,7 @@ class ModelFacts:
 
     model: str
     isa: str
-    dtype: str
+    dtype: str  #: of the model, or how most of its weights are coded
     weights_bytes: int
     num_threads: int
     huge_pages: bool
