@@ -28,6 +28,7 @@ class Plan:
     delays_s: tuple[float, ...] = (0.01, 0.01, 0.01)  #: before each chunk
     tokens: tuple[int, ...] = ()  #: in each chunk; () = one each
     sends_usage: bool = True
+    merges_usage: bool = False  #: in a last chunk of its own with empty text, as llama-server does
     #: After all chunks: "http" answers 503 instead of any, "drop" closes the connection without an
     #: end, "error" sends an error object, "garbage" no JSON, "cut" ends without finish_reason and
     #: [DONE]; "empty" ends without a chunk.
@@ -141,7 +142,8 @@ def _ending(plan: Plan, is_chat: bool, body: dict[str, Any]) -> bytes:
         return b": bye\n\n"
     usage = {"prompt_tokens": 7, "completion_tokens": plan.num_tokens, "total_tokens": 0}
     wanted = (body.get("stream_options") or {}).get("include_usage")
-    last = _event({"id": "x", "choices": [], "usage": usage})
+    choices = [{"index": 0, "finish_reason": "length", "text": ""}] if plan.merges_usage else []
+    last = _event({"id": "x", "choices": choices, "usage": usage})
     return (last if plan.sends_usage and wanted else b"") + b"data: [DONE]\n\n"
 
 
@@ -152,6 +154,7 @@ def read_plans(data: list[dict[str, Any]]) -> list[Plan]:
             tuple(one["delays_s"]),
             tuple(one.get("tokens", ())),
             one.get("sends_usage", True),
+            one.get("merges_usage", False),
             one.get("fault"),
         )
         for one in data

@@ -91,6 +91,13 @@ def test_usage_wins_and_brings_the_prompt_length(mock: Mock) -> None:
     assert counted.text == " word" * 7
 
 
+def test_usage_beside_choices_counts_for_a_sweep_alone(mock: Mock) -> None:
+    (record,) = ask(mock, [Plan((0.001, 0.001), tokens=(2, 5), merges_usage=True)]).requests
+    assert (record.usage_tokens, record.told_tokens, record.output_len) == (None, 7, 1)
+    assert record.as_told().output_len == 7
+    assert len(record.events_s) == 3
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [("http", "HTTP 503.*overloaded"), ("drop", "Error"), ("error", "the engine died"),

@@ -169,6 +169,7 @@ class _Stream:
         self._events: list[float] = []
         self._texts: list[str] = []
         self._usage: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}  # usage wherever it stood
         self._finish_reason: str | None = None
         self._is_done = False
 
@@ -193,7 +194,9 @@ class _Stream:
     def _take(self, event: dict[str, Any], at: float) -> None:
         if event.get("error"):
             self.error = self.error or f"error in the stream: {event['error']}"[:_ERROR_CHARS]
-        choices = event.get("choices")
+        choices, usage = event.get("choices"), event.get("usage")
+        if isinstance(usage, dict) and usage:
+            self._told = usage
         if choices:
             self._events.append(at)
             choice = choices[0]
@@ -202,8 +205,8 @@ class _Stream:
                 text = (choice.get("delta") or {}).get("content")
             self._texts.append(text or "")
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        elif event.get("usage"):
-            self._usage = event["usage"]
+        elif usage:  # beside choices it does not count, as in vLLM's client
+            self._usage = usage
 
     def end(self) -> None:
         """The server closed the stream."""
@@ -227,6 +230,7 @@ class _Stream:
             start_s=start,
             events_s=tuple(self._events),
             usage_tokens=_count(self._usage, "completion_tokens"),
+            told_tokens=_count(self._told, "completion_tokens"),
             finish_reason=self._finish_reason,
             status=status,
             error=self.error,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +57,7 @@ class RequestRecord:
     start_s: float  #: just before the POST
     events_s: tuple[float, ...] = ()  #: since start_s, of each chunk that has choices
     usage_tokens: int | None = None  #: completion_tokens by the server
+    told_tokens: int | None = None  #: the same, also where it stood beside choices
     text_tokens: int | None = None  #: of the text by our tokenizer, where the server does not count
     finish_reason: str | None = None
     status: int | None = None  #: of HTTP
@@ -74,6 +75,11 @@ class RequestRecord:
         if not self.is_success:
             return 0
         return self.usage_tokens or (1 if self.text_tokens is None else self.text_tokens)
+
+    def as_told(self) -> RequestRecord:
+        """With the server's count wherever it stood: llama-server puts it beside the last choice,
+        where vLLM's client does not look, and text cannot be counted back to the tokens drawn."""
+        return self if self.usage_tokens else replace(self, usage_tokens=self.told_tokens)
 
     @property
     def ttft_s(self) -> float:

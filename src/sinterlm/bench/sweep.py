@@ -159,6 +159,7 @@ class Sweep:
             return replace(base, failure=str(exc))
         if not raw.run.is_complete:
             raise KeyboardInterrupt
+        raw = replace(raw, requests=tuple(record.as_told() for record in raw.requests))
         failure = sanity.failure_of(raw.requests)
         if failure is not None and not server.is_alive():
             raise ServerDied(f"the server died: {failure}\n{server.log_tail()}")
