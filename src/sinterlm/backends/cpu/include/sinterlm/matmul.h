@@ -10,7 +10,6 @@
 
 namespace sl {
 
-constexpr int kRowBlock = 96;      // rows per pass over a panel: their operands stay in L2
 constexpr int kDepthBlock = 1024;  // k per pass: 64 columns of bf16 are 128 KB, in L2
 static_assert(kDepthBlock % 128 == 0, "a pass ends where a group of weights does");
 

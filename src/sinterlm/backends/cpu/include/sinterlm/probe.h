@@ -15,11 +15,16 @@ inline float sum_floats(const float* p, int64_t n) {
   return reduce_add(sum[0]);
 }
 
+template <class E>
+constexpr int kTileSums = TileShape<E>::kRows * TileShape<E>::cols(TileShape<E>::kRows);
+
 // The dot product of a format, alone: one step of 16 columns, and the flops of it.
 template <class F>
 struct DotOf;
-template <class E>
-struct DotOf<Wide<E>> {
+template <class T>
+struct DotOf<Wide<T>> {
+  using E = std::conditional_t<kWidens, float, T>;  // what products are computed in
+  static constexpr int kSums = kTileSums<E>;        // chains of the register tile
   using Weights = Panel<E>;
   using Sum = Vec;
   static constexpr int kFlops = 2 * kLanes * kPair<E>;
@@ -33,6 +38,7 @@ template <class E, int Bits, int Group, bool Offsets>
 struct DotOf<WeightOnly<E, Bits, Group, Offsets>> : DotOf<Wide<E>> {};
 template <int Bits, int Group, bool Offsets, int ActGroup>
 struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
+  static constexpr int kSums = kTileSums<typename Dot<Bits>::Act>;
   static constexpr int kFlops = 2 * kLanes * 32 / Bits;
   static constexpr int kNext = 8;  // else one product would be computed once and added to all
   SL_INLINE typename Dot<Bits>::Weights load(const void* p) {
@@ -48,7 +54,7 @@ struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
 // zero comes back.
 template <class D>
 int spin_tile(int rounds, const char* operands) {
-  constexpr int kSums = kTileRows * tile_cols(kTileRows);
+  constexpr int kSums = D::kSums;
   typename D::Sum sum[kSums];
   std::memset(sum, 0, sizeof sum);
   const typename D::Weights panel = D::load(operands);
@@ -111,8 +117,7 @@ sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
   });
   volatile float keep = 0;
   for (float v : sink) keep = keep + v;
-  const double flops =
-      double{D::kFlops} * kRounds * kTileRows * tile_cols(kTileRows) * m.pool->count();
+  const double flops = double{D::kFlops} * kRounds * D::kSums * m.pool->count();
   *gbytes = static_cast<double>(pieces * piece) / static_cast<double>(read_ns);
   *gflops = flops / static_cast<double>(dot_ns);
   return SL_OK;

@@ -127,7 +127,17 @@ struct Panel<bf16> {
 
 // Rows of the register tile, and columns (of 16) for so many rows: few rows take more columns, so
 // that a panel is read as it lies in memory.
-constexpr int kTileRows = 4;
-constexpr int tile_cols(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+template <class E>
+struct TileShape {
+  static constexpr int kRows = 4;
+  static constexpr int cols(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+};
+template <>
+struct TileShape<float> {  // 12 sums, one step of 16 columns, one operand: all 16 registers
+  static constexpr int kRows = 6;
+  static constexpr int cols(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+};
+// Two shifts and two masks per pair and row cost more than widening panel and operands beforehand.
+constexpr bool kWidens = true;
 
 }  // namespace sl

@@ -89,8 +89,11 @@ struct Panel<bf16> {
   }
 };
 // Rows and columns (of 16) of the register tile: 24 sums, 4 weights, operands from memory.
-constexpr int kTileRows = 6;
-constexpr int tile_cols(int) { return 4; }
+template <class E>
+struct TileShape {
+  static constexpr int kRows = 6;
+  static constexpr int cols(int) { return 4; }
+};
 #else
 template <>
 struct Panel<bf16> {
@@ -109,8 +112,12 @@ struct Panel<bf16> {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(high), w.odd, acc);
   }
 };
-constexpr int kTileRows = 4;
-constexpr int tile_cols(int) { return 4; }
+template <class E>
+struct TileShape {
+  static constexpr int kRows = 4;
+  static constexpr int cols(int) { return 4; }
+};
 #endif
+constexpr bool kWidens = false;
 
 }  // namespace sl

@@ -108,7 +108,11 @@ struct Panel<bf16> {
   }
 };
 
-constexpr int kTileRows = 2;
-constexpr int tile_cols(int) { return 1; }
+template <class E>
+struct TileShape {
+  static constexpr int kRows = 2;
+  static constexpr int cols(int) { return 1; }
+};
+constexpr bool kWidens = false;
 
 }  // namespace sl

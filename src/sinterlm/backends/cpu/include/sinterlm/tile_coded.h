@@ -13,6 +13,7 @@ namespace sl {
 
 template <class F>
 struct CodedTile {
+  using Shape = TileShape<typename F::Act>;
   PanelPiece p;
 
   template <int R, int C>
@@ -109,8 +110,9 @@ inline void multiply(Coded<Bits, Group, Offsets, ActGroup>, int rows, int cols, 
   panel_rows(rows, cols, CodedTile<Coded<Bits, Group, Offsets, ActGroup>>{p});
 }
 
-constexpr int kPieceDepth = 256;                              // k that are unpacked together
-constexpr size_t kPieceBytes = kPieceDepth * kPanelCols * 4;  // room for them in fp32
+constexpr int kPieceDepth = 256;                                 // k that are unpacked together
+constexpr size_t kUnpackedBytes = kPieceDepth * kPanelCols * 4;  // room for them in fp32
+constexpr size_t kPieceBytes = kUnpackedBytes + kWideBytes;
 
 // 16 columns of one step of codes -> panels of E whose next P k lie 64 * P elements apart.
 template <class F>
@@ -166,9 +168,10 @@ inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, co
     unpack_piece<WeightOnly<E, Bits, Group, Offsets>>(reinterpret_cast<const uint8_t*>(p.panel),
                                                       p.K, k, depth, p.col, cols, piece);
     const E* a = reinterpret_cast<const E*>(p.a) + k;
-    panel_rows(rows, cols,
-               WideTile<E>{a, p.pitch / int64_t{sizeof(E)}, piece, kPanelCols * P, kLanes * P,
-                           depth, p.c, p.ldc, k > 0});
+    multiply_panel(rows, cols,
+                   WideTile<E>{a, p.pitch / int64_t{sizeof(E)}, piece, kPanelCols * P, kLanes * P,
+                               depth, p.c, p.ldc, k > 0},
+                   static_cast<char*>(scratch) + kUnpackedBytes);
   }
 }
 
