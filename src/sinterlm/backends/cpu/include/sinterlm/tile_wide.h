@@ -116,8 +116,7 @@ struct PanelPiece {
 constexpr int kWideDepth = 64;  // k that are widened together: 16 KB of a panel, in L1
 constexpr size_t kWideBytes = kWideDepth * (kPanelCols + kRowBlock) * sizeof(float);
 
-// `cols` x 16 columns of `depth` k of a bf16 panel -> fp32 [depth][64]. Lines that the next call
-// will read are fetched meanwhile.
+// `cols` x 16 columns of `depth` k of a bf16 panel -> fp32 [depth][64].
 inline void widen_panel(const bf16* b, int depth, int cols, float* out) {
   for (int k = 0; k < depth; k += 2) {
     for (int j = 0; j < cols * kLanes; j += kLanes) {
