@@ -14,7 +14,7 @@ NAN, INF = math.nan, math.inf
 BAD = {
     "n": [0, -1, True, 1.0, "1", None, 10**9],
     "temperature": [-0.1, NAN, INF, -INF, "hot", None, True, 1e39, 10**400],
-    "top_p": [0, 0.0, -0.5, 1.01, NAN, INF, "1", False],
+    "top_p": [0, 0.0, 1e-46, 1e-300, -0.5, 1.01, NAN, INF, "1", False],
     "top_k": [-2, 1.5, True, "5", 2**31],
     "min_p": [-0.1, 1.1, NAN, None],
     "repetition_penalty": [0.0, 1e-300, -1.0, NAN, INF, True],

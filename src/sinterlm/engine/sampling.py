@@ -16,7 +16,8 @@ from sinterlm.errors import UsageError
 MAX_LOGPROBS = 20  #: most alternatives per token, as in vLLM and the OpenAI protocol
 MAX_STOP_STRINGS = 64
 MAX_COMPLETIONS = 1024
-_LEAST_FP32 = 1.2e-38  #: what is smaller may arrive in the library as 0
+#: What is smaller may arrive in the library as 0, where a value must be above it.
+_LEAST_FP32 = 1.2e-38
 
 #: generation_config.json keys that set sampling defaults -> our field, as in vLLM.
 _GENERATION_KEYS = {
@@ -136,7 +137,7 @@ def _check_numbers(params: SamplingParams) -> None:
     _integer("n", params.n, 1, MAX_COMPLETIONS)
     _number("temperature", params.temperature, 0.0, math.inf)
     _number("top_p", params.top_p, 0.0, 1.0)
-    if params.top_p == 0:
+    if params.top_p < _LEAST_FP32:
         raise _bad("top_p", params.top_p, "must be in (0, 1]; use temperature=0 for greedy")
     _integer("top_k", params.top_k, -1, 2**31 - 1)
     _number("min_p", params.min_p, 0.0, 1.0)

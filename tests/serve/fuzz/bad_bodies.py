@@ -18,7 +18,7 @@ INTEGERS = ("seed", "n", "max_tokens", "top_k", "min_tokens", "priority")
 BOOLEANS = ("stream", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 LISTS = ("stop_token_ids", "allowed_token_ids")
 RANGES = {
-    "temperature": (-0.5, -1, -1e9), "top_p": (-0.1, 1.5, 2, -3), "min_p": (-0.2, 1.1, 7),
+    "temperature": (-0.5, -1, -1e9), "top_p": (-0.1, 0, 1e-46, 1.5, 2), "min_p": (-0.2, 1.1, 7),
     "presence_penalty": (-2.5, 3, 100), "frequency_penalty": (-2.1, 2.5, 50),
     "repetition_penalty": (-1, 0), "n": (0, -1, 10**6), "max_tokens": (-1, -100),
     "min_tokens": (-1, -7),
