@@ -28,7 +28,6 @@ struct DotOf<Wide<T>> {
   using Weights = Panel<E>;
   using Sum = Vec;
   static constexpr int kFlops = 2 * kLanes * kPair<E>;
-  static constexpr int kNext = 0;  // bytes from one sum's activations to the next one's
   SL_INLINE Weights load(const void* p) { return Panel<E>::load(static_cast<const E*>(p)); }
   SL_INLINE Sum mac(Sum sum, const void* a, const Weights& w) {
     return Panel<E>::mac(sum, static_cast<const E*>(a), w);
@@ -40,7 +39,6 @@ template <int Bits, int Group, bool Offsets, int ActGroup>
 struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
   static constexpr int kSums = kTileSums<typename Dot<Bits>::Act>;
   static constexpr int kFlops = 2 * kLanes * 32 / Bits;
-  static constexpr int kNext = 8;  // else one product would be computed once and added to all
   SL_INLINE typename Dot<Bits>::Weights load(const void* p) {
     return Dot<Bits>::load(static_cast<const uint8_t*>(p));
   }
@@ -50,18 +48,22 @@ struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
   }
 };
 
-// `rounds` steps of the GEMM's register tile without memory; `operands` are 256 bytes of zeros, and
-// zero comes back.
+// `rounds` steps of the GEMM's register tile without memory; `operands` are kSpinBytes of zeros,
+// and zero comes back. The compiler must not know it: sums that begin alike would be one sum, and
+// a product that stays the same would be computed once.
+constexpr int kSpinBytes = 4096;
 template <class D>
 int spin_tile(int rounds, const char* operands) {
-  constexpr int kSums = D::kSums;
+  constexpr int kSums = D::kSums, kNext = 8;  // bytes from one sum's activations to the next one's
   typename D::Sum sum[kSums];
-  std::memset(sum, 0, sizeof sum);
+  static_assert(sizeof sum <= kSpinBytes && kSums * kNext <= kSpinBytes);
+  asm volatile("" : "+r"(operands));
+  std::memcpy(sum, operands, sizeof sum);
   const typename D::Weights panel = D::load(operands);
   for (int i = 0; i < rounds; ++i) {
 #pragma GCC unroll 32
-    for (int j = 0; j < kSums; ++j) sum[j] = D::mac(sum[j], operands + j * D::kNext, panel);
-    if constexpr (D::kNext > 0) asm volatile("" : "+r"(operands));  // products differ per round
+    for (int j = 0; j < kSums; ++j) sum[j] = D::mac(sum[j], operands + j * kNext, panel);
+    asm volatile("" : "+r"(operands));
   }
   char bytes[sizeof sum];
   std::memcpy(bytes, sum, sizeof sum);
@@ -111,7 +113,7 @@ sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
   });
   constexpr int kRounds = 1 << 16;
   using D = DotOf<F>;
-  alignas(64) const char operands[256] = {};
+  alignas(64) const char operands[kSpinBytes] = {};
   const int64_t dot_ns = best_of(*m.pool, seconds / 2, [&](Worker& w) {
     sink[w.id * 16] += static_cast<float>(spin_tile<D>(kRounds, operands));
   });
