@@ -63,6 +63,11 @@ $(VENV)/stamps/browser: $(VENV)/stamps/dev
 	@$(PIP) install -e '.[browser]'
 	@touch $@
 
+$(VENV)/stamps/fuzz: $(VENV)/stamps/dev
+	@echo "make: installing what draws requests from an OpenAPI document"
+	@$(PIP) install -e '.[fuzz]'
+	@touch $@
+
 $(GOLDENS_VENV)/stamp: pyproject.toml
 	@echo "make: creating $(GOLDENS_VENV) with torch (a large download)"
 	@$(PYTHON) -m venv $(GOLDENS_VENV)
@@ -117,7 +122,7 @@ bench-parity: $(VENV)/stamps/dev $(BENCH)/smollm2/hf
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup $(VENV)/stamps/browser
+test-all: setup $(VENV)/stamps/browser $(VENV)/stamps/fuzz
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 soak: setup

@@ -241,6 +241,15 @@ def test_the_document_is_served_and_complete(server: Server) -> None:
         assert document["paths"][path]["post"]["requestBody"]["required"]
 
 
+def test_the_document_says_what_a_refused_field_takes() -> None:
+    schemas = openapi_document(dev_mode=False)["components"]["schemas"]
+    for kind in (ChatRequest, CompletionRequest):
+        for rule in rules_of(kind):
+            taken = schemas[kind.__name__]["properties"][rule.name].get("enum")
+            refused = rule.status is Status.REFUSED
+            assert taken == ([None, *rule.neutral] if refused else None), rule.name
+
+
 def test_docs_hold_the_table() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     script = runpy.run_path(str(ROOT / "scripts" / "api_docs.py"))

@@ -102,12 +102,23 @@ def openapi_document(*, dev_mode: bool) -> dict[str, Any]:
     }
 
 
+def _event(answer: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """One event of a stream: an answer's next piece, an error that ends it, or the end's mark."""
+    piece = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [answer, error]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, piece]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
+
+
 def _operation(op: Operation, schema_of: dict[Struct, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if op.answer is not None:
         content["application/json"] = {"schema": schema_of[op.answer]}
     if op.event is not None:
-        content["text/event-stream"] = {"schema": schema_of[op.event]}
+        content["text/event-stream"] = {"schema": _event(schema_of[op.event], schema_of[ErrorBody])}
     if op.text:
         content["text/plain"] = {"schema": {"type": "string"}}
     success: dict[str, Any] = {"description": op.summary}

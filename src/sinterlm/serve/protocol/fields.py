@@ -51,9 +51,12 @@ def refused(meaning: str, *neutral: object) -> msgspec.Meta:
 
 
 def _meta(status: Status, meaning: str, neutral: tuple[object, ...] = ()) -> msgspec.Meta:
+    schema: dict[str, object] = {"x-status": status.value}
+    if status is Status.REFUSED:
+        schema["enum"] = [None, *neutral]
     return msgspec.Meta(
         description=meaning,
-        extra_json_schema={"x-status": status.value},
+        extra_json_schema=schema,
         extra={"status": status, "neutral": neutral},
     )
 
