@@ -18,8 +18,8 @@ constexpr int kAttentionRows = 48;  // query rows (tokens x heads of a group) pe
 template <class E, int D>
 struct AttentionScratch {
   alignas(64) float score[kAttentionRows][kChunk];
-  alignas(64) E prob[kAttentionRows][kChunk];
-  alignas(64) E query[kAttentionRows][D];
+  alignas(64) Operand<E> prob[kAttentionRows][kChunk];
+  alignas(64) Operand<E> query[kAttentionRows][D];
   alignas(64) float part[kAttentionRows][D];  // of this chunk
   alignas(64) float out[kAttentionRows][D];   // of all chunks so far
   float max[kAttentionRows], sum[kAttentionRows];
@@ -72,7 +72,7 @@ inline void softmax_row(AttentionScratch<E, D>& s, int r, const KeyRange& keys, 
   for (int j = begin; j < end; j += kLanes) {
     const Vec p = m == -INFINITY ? zero() : exp(sub(load(s.score[r] + j), set1(m)));
     sum = add(sum, p);
-    store_elems(s.prob[r] + j, p);
+    round_operands<E>(s.prob[r] + j, p);
   }
   s.part_max[r] = m;
   s.part_sum[r] = reduce_add(sum);
@@ -133,7 +133,7 @@ inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& 
                        const QueryBlock& q) {
   for (int r = 0; r < q.rows(); ++r) {
     const E* from = p.q + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
-    std::memcpy(s.query[r], from, sizeof(E) * D);
+    for (int i = 0; i < D; i += kLanes) store_operands(s.query[r] + i, from + i);
   }
 }
 

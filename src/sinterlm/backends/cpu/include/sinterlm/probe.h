@@ -23,8 +23,8 @@ template <class F>
 struct DotOf;
 template <class T>
 struct DotOf<Wide<T>> {
-  using E = std::conditional_t<kWidens, float, T>;  // what products are computed in
-  static constexpr int kSums = kTileSums<E>;        // chains of the register tile
+  using E = Operand<T>;                       // what products are computed in
+  static constexpr int kSums = kTileSums<E>;  // chains of the register tile
   using Weights = Panel<E>;
   using Sum = Vec;
   static constexpr int kFlops = 2 * kLanes * kPair<E>;

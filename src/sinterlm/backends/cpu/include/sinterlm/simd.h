@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "sinterlm/args.h"
 
@@ -57,6 +58,26 @@ inline __attribute__((always_inline)) bf16 from_float<bf16>(float v) {
 
 SL_INLINE Vec load_elems(const float* p) { return load(p); }
 SL_INLINE void store_elems(float* p, Vec v) { store(p, v); }
+
+// What a register tile multiplies panels of E with: E where the level has dot products of it, else
+// the same numbers in fp32.
+template <class E>
+using Operand = std::conditional_t<kBf16Dots, E, float>;
+
+// 16 numbers as operands: of E, or fp32 rounded to E.
+template <class E>
+SL_INLINE void store_operands(Operand<E>* to, const E* from) {
+  if constexpr (std::is_same_v<Operand<E>, E>)
+    std::memcpy(to, from, kLanes * sizeof(E));
+  else
+    store(to, load_elems(from));
+}
+template <class E>
+SL_INLINE void round_operands(Operand<E>* to, Vec v) {
+  E rounded[kLanes];
+  store_elems(rounded, v);
+  store_operands<E>(to, rounded);
+}
 
 // e^x, at most 2 ulp: 2^n * p(r) with n = round(x / ln 2), Cody-Waite reduction, and the minimax
 // polynomial of the Cephes library's expf. Below -87.3 the result is exactly 0, so masked lanes

@@ -96,34 +96,29 @@ struct Panel;
 
 template <>
 struct Panel<float> {
+  static constexpr int kParts = 1;
   Vec b;
-  SL_INLINE Panel load(const float* p) { return {sl::load(p)}; }
+  SL_INLINE Panel load(const float* p, int = 0) { return {sl::load(p)}; }
   SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) { return fma(set1(*a), w.b, acc); }
 };
 
 template <>
 struct Panel<bf16> {
-  Vec even, odd;
-  SL_INLINE Panel load(const bf16* p) {
+  static constexpr int kParts = 2;
+  Vec b;
+  SL_INLINE Panel load(const bf16* p, int part) {
     const __m256i l = _mm256_loadu_si256((const __m256i*)p);
     const __m256i h = _mm256_loadu_si256((const __m256i*)(p + 16));
     const __m256i mask = _mm256_set1_epi32(int(0xffff0000u));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(l, 16)),
-             _mm256_castsi256_ps(_mm256_slli_epi32(h, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(l, mask)),
-             _mm256_castsi256_ps(_mm256_and_si256(h, mask))}};
+    const auto widen = [&](__m256i pairs) {
+      return _mm256_castsi256_ps(part ? _mm256_and_si256(pairs, mask)
+                                      : _mm256_slli_epi32(pairs, 16));
+    };
+    return {{widen(l), widen(h)}};
   }
-  SL_INLINE Vec mac(Vec acc, const bf16* a, const Panel& w) {
-    uint32_t pair;
-    __builtin_memcpy(&pair, a, 4);
-    const __m256i both = _mm256_set1_epi32(int(pair));
-    const __m256 a0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    const __m256 a1 =
-        _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000u))));
-    acc = {_mm256_fmadd_ps(a0, w.even.lo, acc.lo), _mm256_fmadd_ps(a0, w.even.hi, acc.hi)};
-    return {_mm256_fmadd_ps(a1, w.odd.lo, acc.lo), _mm256_fmadd_ps(a1, w.odd.hi, acc.hi)};
-  }
+  SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) { return fma(set1(*a), w.b, acc); }
 };
+constexpr bool kBf16Dots = false;
 
 // Rows of the register tile, and columns (of 16) for so many rows: few rows take more columns, so
 // that a panel is read as it lies in memory.
@@ -133,11 +128,13 @@ struct TileShape {
   static constexpr int cols(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 };
 template <>
+struct TileShape<bf16> : TileShape<void> {  // 10 sums, two halves of a step, mask and operand
+  static constexpr int kRows = 5;
+};
+template <>
 struct TileShape<float> {  // 12 sums, one step of 16 columns, one operand: all 16 registers
   static constexpr int kRows = 6;
   static constexpr int cols(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 };
-// Two shifts and two masks per pair and row cost more than widening panel and operands beforehand.
-constexpr bool kWidens = true;
 
 }  // namespace sl

@@ -64,14 +64,16 @@ SL_INLINE void store_elems(bf16* p, Vec v) {
 }
 #endif
 
-// A GEMM step: Panel<E> holds one step of 16 columns, mac() adds a broadcast operand times it.
+// A GEMM step: load(p, part) gives one of the kParts of a step of 16 columns, mac() adds the
+// broadcast operand of that part times it.
 template <class E>
 struct Panel;
 
 template <>
 struct Panel<float> {
+  static constexpr int kParts = 1;
   __m512 b;
-  SL_INLINE Panel load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  SL_INLINE Panel load(const float* p, int = 0) { return {_mm512_loadu_ps(p)}; }
   SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) {
     return _mm512_fmadd_ps(_mm512_set1_ps(*a), w.b, acc);
   }
@@ -80,44 +82,39 @@ struct Panel<float> {
 #if defined(SL_ISA_AVX512BF16)
 template <>
 struct Panel<bf16> {
+  static constexpr int kParts = 1;
   __m512i b;
-  SL_INLINE Panel load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  SL_INLINE Panel load(const bf16* p, int = 0) { return {_mm512_loadu_si512(p)}; }
   SL_INLINE Vec mac(Vec acc, const bf16* a, const Panel& w) {
     int32_t pair;
     __builtin_memcpy(&pair, a, 4);
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w.b);
   }
 };
+constexpr bool kBf16Dots = true;
+#else
+template <>
+struct Panel<bf16> {
+  static constexpr int kParts = 2;
+  __m512 b;
+  SL_INLINE Panel load(const bf16* p, int part) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+    return {
+        _mm512_castsi512_ps(part ? _mm512_and_si512(pairs, high) : _mm512_slli_epi32(pairs, 16))};
+  }
+  SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) {
+    return _mm512_fmadd_ps(_mm512_set1_ps(*a), w.b, acc);
+  }
+};
+constexpr bool kBf16Dots = false;
+#endif
+
 // Rows and columns (of 16) of the register tile: 24 sums, 4 weights, operands from memory.
 template <class E>
 struct TileShape {
   static constexpr int kRows = 6;
   static constexpr int cols(int) { return 4; }
 };
-#else
-template <>
-struct Panel<bf16> {
-  __m512 even, odd;
-  SL_INLINE Panel load(const bf16* p) {
-    const __m512i w = _mm512_loadu_si512(p);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u))))};
-  }
-  SL_INLINE Vec mac(Vec acc, const bf16* a, const Panel& w) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a, 4);
-    const __m512i both = _mm512_set1_epi32(pair);
-    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), w.even, acc);
-    const __m512i high = _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)));
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(high), w.odd, acc);
-  }
-};
-template <class E>
-struct TileShape {
-  static constexpr int kRows = 4;
-  static constexpr int cols(int) { return 4; }
-};
-#endif
-constexpr bool kWidens = false;
 
 }  // namespace sl

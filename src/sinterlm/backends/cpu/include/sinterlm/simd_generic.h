@@ -85,34 +85,29 @@ struct Panel;
 
 template <>
 struct Panel<float> {
+  static constexpr int kParts = 1;
   Vec b;
-  SL_INLINE Panel load(const float* p) { return {sl::load(p)}; }
+  SL_INLINE Panel load(const float* p, int = 0) { return {sl::load(p)}; }
   SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) { return acc + w.b * *a; }
 };
 
 template <>
 struct Panel<bf16> {
-  Vec even, odd;
-  SL_INLINE Panel load(const bf16* p) {
+  static constexpr int kParts = 2;
+  Vec b;
+  SL_INLINE Panel load(const bf16* p, int part) {
     WordVec w;
     __builtin_memcpy(&w, p, 64);
-    return {(Vec)(w << 16), (Vec)(w & 0xffff0000u)};
+    return {part ? (Vec)(w & 0xffff0000u) : (Vec)(w << 16)};
   }
-  SL_INLINE Vec mac(Vec acc, const bf16* a, const Panel& w) {
-    const uint32_t low = uint32_t(a[0].bits) << 16, high = uint32_t(a[1].bits) << 16;
-    float a0, a1;
-    __builtin_memcpy(&a0, &low, 4);
-    __builtin_memcpy(&a1, &high, 4);
-    acc = acc + w.even * a0;
-    return acc + w.odd * a1;
-  }
+  SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) { return acc + w.b * *a; }
 };
+constexpr bool kBf16Dots = false;
 
 template <class E>
 struct TileShape {
   static constexpr int kRows = 2;
   static constexpr int cols(int) { return 1; }
 };
-constexpr bool kWidens = false;
 
 }  // namespace sl

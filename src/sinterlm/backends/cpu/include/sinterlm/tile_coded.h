@@ -112,7 +112,7 @@ inline void multiply(Coded<Bits, Group, Offsets, ActGroup>, int rows, int cols, 
 
 constexpr int kPieceDepth = 256;                                 // k that are unpacked together
 constexpr size_t kUnpackedBytes = kPieceDepth * kPanelCols * 4;  // room for them in fp32
-constexpr size_t kPieceBytes = kUnpackedBytes + kWideBytes;
+constexpr size_t kPieceBytes = kUnpackedBytes + kOperandBytes;
 
 // 16 columns of one step of codes -> panels of E whose next P k lie 64 * P elements apart.
 template <class F>
@@ -168,9 +168,9 @@ inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, co
     unpack_piece<WeightOnly<E, Bits, Group, Offsets>>(reinterpret_cast<const uint8_t*>(p.panel),
                                                       p.K, k, depth, p.col, cols, piece);
     const E* a = reinterpret_cast<const E*>(p.a) + k;
-    multiply_panel(rows, cols,
-                   WideTile<E>{a, p.pitch / int64_t{sizeof(E)}, piece, kPanelCols * P, kLanes * P,
-                               depth, p.c, p.ldc, k > 0},
+    multiply_panel(rows, cols, a,
+                   WideTile<E>{nullptr, p.pitch / int64_t{sizeof(E)}, piece, kPanelCols * P,
+                               kLanes * P, depth, p.c, p.ldc, k > 0},
                    static_cast<char*>(scratch) + kUnpackedBytes);
   }
 }

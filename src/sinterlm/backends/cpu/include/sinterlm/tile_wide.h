@@ -12,8 +12,8 @@ constexpr int kRowBlock = 96;  // rows per pass over a panel: their operands sta
 // c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
 // col_step per 16 columns (elements), so that weights, K pages and V pages are all panels.
 template <class E, int R, int C>
-inline void tile(const E* a, int64_t lda, const E* b, int64_t k_step, int64_t col_step, int K,
-                 float* c, int64_t ldc, bool accumulate) {
+inline void tile(const Operand<E>* a, int64_t lda, const E* b, int64_t k_step, int64_t col_step,
+                 int K, float* c, int64_t ldc, bool accumulate) {
   Vec sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -27,16 +27,19 @@ inline void tile(const E* a, int64_t lda, const E* b, int64_t k_step, int64_t co
   for (int k = 0; k < K; k += kPair<E>) {
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
-      const Panel<E> w = Panel<E>::load(b + j * col_step);
+#pragma GCC unroll 2
+      for (int part = 0; part < Panel<E>::kParts; ++part) {
+        const Panel<E> w = Panel<E>::load(b + j * col_step, part);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r) {
 #ifdef SL_MUTATE_K_UNROLL
-        if (R == 1 && (k / kPair<E>) % 2) {
-          odd[r][j] = Panel<E>::mac(odd[r][j], a + r * lda + k, w);
-          continue;
-        }
+          if (R == 1 && (k / kPair<E>) % 2) {
+            odd[r][j] = Panel<E>::mac(odd[r][j], a + r * lda + k + part, w);
+            continue;
+          }
 #endif
-        sum[r][j] = Panel<E>::mac(sum[r][j], a + r * lda + k, w);
+          sum[r][j] = Panel<E>::mac(sum[r][j], a + r * lda + k + part, w);
+        }
       }
     }
     b += k_step;
@@ -84,11 +87,11 @@ inline void panel_rows(int rows, int cols, const Tile& t) {
   }
 }
 
-// Rows of E times panels of E; see tile().
+// Operands times panels of E; see tile().
 template <class E>
 struct WideTile {
   using Shape = TileShape<E>;
-  const E* a;
+  const Operand<E>* a;
   int64_t lda;
   const E* b;
   int64_t k_step, col_step;
@@ -113,45 +116,31 @@ struct PanelPiece {
   int64_t ldc;
 };
 
-constexpr int kWideDepth = 64;  // k that are widened together: 16 KB of a panel, in L1
-constexpr size_t kWideBytes = kWideDepth * (kPanelCols + kRowBlock) * sizeof(float);
+constexpr int kOperandDepth = 256;  // k that are made operands together: 96 rows are 96 KB, in L2
+constexpr size_t kOperandBytes = kOperandDepth * kRowBlock * sizeof(float);
 
-// `cols` x 16 columns of `depth` k of a bf16 panel -> fp32 [depth][64].
-inline void widen_panel(const bf16* b, int depth, int cols, float* out) {
-  for (int k = 0; k < depth; k += 2) {
-    for (int j = 0; j < cols * kLanes; j += kLanes) {
-      const Panel<bf16> w = Panel<bf16>::load(b + j * 2);
-      store(out + j, w.even);
-      store(out + kPanelCols + j, w.odd);
-    }
-    b += kPanelCols * 2;
-    out += kPanelCols * 2;
-  }
-}
-
-// The tile's work for bf16 where its products are computed in fp32: a few k of panel and operands
-// are widened once for all rows and meet in the tile of fp32. Each output stays the same chain.
-inline void multiply_widened(int rows, int cols, const WideTile<bf16>& t, void* scratch) {
-  float* weights = static_cast<float*>(scratch);
-  float* operands = weights + kWideDepth * kPanelCols;
-  for (int k = 0; k < t.K; k += kWideDepth) {
-    const int depth = std::min(kWideDepth, t.K - k);
-    widen_panel(t.b + int64_t(k) * kPanelCols, depth, cols, weights);
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < depth; i += kLanes)
-        store(operands + r * kWideDepth + i, load_elems(t.a + r * t.lda + k + i));
-    panel_rows(rows, cols,
-               WideTile<float>{operands, kWideDepth, weights, kPanelCols, kLanes, depth, t.c, t.ldc,
-                               t.accumulate || k > 0});
-  }
-}
-
-// Rows of E times a panel of E, `cols` x 16 columns of it.
+// Rows of E, t.lda apart, times a panel: made the tile's operands first where they are not. Each
+// output stays the same chain.
 template <class E>
-inline void multiply_panel(int rows, int cols, const WideTile<E>& t, void* scratch) {
-  if constexpr (kWidens && std::is_same_v<E, bf16>)
-    if (rows > 1) return multiply_widened(rows, cols, t, scratch);
-  panel_rows(rows, cols, t);
+inline void multiply_panel(int rows, int cols, const E* a, WideTile<E> t, void* scratch) {
+  if constexpr (std::is_same_v<Operand<E>, E>) {
+    t.a = a;
+    panel_rows(rows, cols, t);
+  } else {
+    float* operands = static_cast<float*>(scratch);
+    const int64_t pitch = t.lda, K = t.K;
+    t.a = operands;
+    t.lda = kOperandDepth;
+    for (int k = 0; k < K; k += kOperandDepth) {
+      t.K = std::min<int>(kOperandDepth, K - k);
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < t.K; i += kLanes)
+          store_operands(operands + r * kOperandDepth + i, a + r * pitch + k + i);
+      panel_rows(rows, cols, t);
+      t.b += kOperandDepth / kPair<E> * t.k_step;
+      t.accumulate = true;
+    }
+  }
 }
 
 template <class E>
@@ -159,8 +148,8 @@ inline void multiply(Wide<E>, int rows, int cols, const PanelPiece& p, void* scr
   constexpr int P = kPair<E>;
   const E* b = reinterpret_cast<const E*>(p.panel) + int64_t(p.k) * kPanelCols + p.col * P;
   const E* a = reinterpret_cast<const E*>(p.a) + p.k;
-  multiply_panel(rows, cols,
-                 WideTile<E>{a, p.pitch / int64_t{sizeof(E)}, b, kPanelCols * P, kLanes * P,
+  multiply_panel(rows, cols, a,
+                 WideTile<E>{nullptr, p.pitch / int64_t{sizeof(E)}, b, kPanelCols * P, kLanes * P,
                              p.depth, p.c, p.ldc, p.k > 0},
                  scratch);
 }
