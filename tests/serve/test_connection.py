@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from sinterlm.options import ServeOptions
-from sinterlm.serve.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_URL_BYTES
+from sinterlm.serve.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_UNWANTED_BYTES, MAX_URL_BYTES
 from sinterlm.serve.middleware import BodyLimit
 from tests.serve.wire import Address, head, read_answer, read_from, serving
 
@@ -130,6 +132,41 @@ def test_body_limit(server: Address, length: int, status: int, is_chunked: bool)
     if status == 413:
         assert answer.error["param"] == "body"
         assert str(LIMIT) in answer.error["message"]
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_a_client_that_sends_all_before_it_reads_has_its_answer(
+    server: Address, connection: str
+) -> None:
+    for _ in range(3):
+        answer = server.post("/", bytes(32 * LIMIT), connection=connection)
+        assert answer.status == 413
+        assert answer.headers["connection"] == "close"
+    wait_alone(server, 2)
+
+
+def test_a_client_of_today_is_told_of_a_body_twice_the_limit(server: Address) -> None:
+    url = f"http://127.0.0.1:{server.port}/"
+    for content in (bytes(2 * LIMIT), iter([bytes(1 << 16)] * 32)):
+        assert httpx.post(url, content=content, timeout=10).status_code == 413
+
+
+@pytest.mark.parametrize("pause", [0.05, 0])
+def test_a_body_that_does_not_end_has_one_answer(server: Address, pause: float) -> None:
+    sent = 0
+    with server.connect() as connection:
+        connection.sendall(head("POST", "/", content_length=str(8 * MAX_UNWANTED_BYTES)))
+        assert read_answer(connection).status == 413
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            while True:
+                sent += connection.send(bytes(1 << 10 if pause else 1 << 20))
+                time.sleep(pause)
+        assert time.monotonic() - start < 4
+        connection.settimeout(0.1)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert sent < 2 * MAX_UNWANTED_BYTES
 
 
 def test_clients_that_send_nothing_more_are_dropped(server: Address) -> None:

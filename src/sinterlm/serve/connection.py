@@ -2,7 +2,8 @@
 
 Bounded are the size of a request's head, the time for its head and for its body, and the time a
 client may leave bytes unread. What is no HTTP gets an answer in OpenAI's shape, never a second
-one in the middle of a first.
+one in the middle of a first or behind it. A request that is answered before its body is there is
+read to its end, within bounds: closing earlier would reset the connection, and lose the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sinterlm.serve.errors import ApiError
 MAX_HEAD_BYTES = 64 << 10  #: request line and headers
 MAX_HEADERS = 128
 MAX_URL_BYTES = 8 << 10
+MAX_UNWANTED_BYTES = 64 << 20  #: of a body whose request has been answered
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class _RefusedHead(Exception):
     """Ends the parsing of a head; the connection knows the status."""
 
 
+class _AnswerTransport:
+    """What an answer writes to: the connection's transport, closed when the body has been read."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.write = connection.transport.write
+        self.close = connection.close_after_body
+
+
 class Connection(HttpToolsProtocol):
     """One client. ``sweep`` is called about once a second."""
 
@@ -49,6 +59,8 @@ class Connection(HttpToolsProtocol):
     #: When the head, then the body of the request being read began; None between requests.
     _head_since: float | None = None
     _body_since: float | None = None
+    _unwanted_bytes = 0
+    _closes_after_body = False
     _unsent = 0  #: bytes that the client had not taken at the last sweep
     _stuck_since: float | None = None
 
@@ -93,12 +105,31 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is complete; the body, if any, begins."""
         self._head_since, self._body_since = None, time.monotonic()
+        self._unwanted_bytes = 0
         super().on_headers_complete()
+        cycle: RequestResponseCycle = self.cycle
+        cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]  # all that it uses
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body; dropped when the answer is complete."""
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._unwanted_bytes += len(body)
+            if self._unwanted_bytes > MAX_UNWANTED_BYTES:
+                self.transport.close()
 
     def on_message_complete(self) -> None:
         """The request is complete."""
         self._body_since = None
         super().on_message_complete()
+        if self._closes_after_body:
+            self.transport.close()
+
+    def close_after_body(self) -> None:
+        """Close; first read what is left of a body, for as long as a body may take."""
+        self._closes_after_body = True
+        if self._body_since is None:
+            self.transport.close()
 
     def resume_writing(self) -> None:
         """The client has taken most of what waited for it."""
@@ -112,11 +143,13 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._refusal)
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answer with ``status`` and close; close alone when an answer is under way."""
-        self._head_since = self._body_since = None
+        """Answer with ``status`` and close; close alone when there is an answer, or one begun."""
         cycle: RequestResponseCycle | None = self.cycle
-        if cycle is None or cycle.response_complete or not cycle.response_started:
+        was_answered = cycle is not None and cycle.response_complete
+        is_of_the_next = was_answered and self._body_since is None
+        if cycle is None or is_of_the_next or not cycle.response_started:
             self.transport.write(_raw_answer(status))
+        self._head_since = self._body_since = None
         self.transport.close()
 
     def sweep(self, now: float) -> None:

@@ -164,6 +164,7 @@ class BodyLimit:
             f"the body is longer than the {self._max_bytes} bytes this server takes",
             param="body",
             code="body_too_large",
+            headers={"connection": "close"},  # whoever listens while sending stops
         )
 
 
