@@ -45,6 +45,7 @@ def make_asks(vocab_size: int, longest: int, seed: int) -> list[Ask]:
             frequency_penalty=0.3 if i % 7 == 5 else 0.0,
             presence_penalty=0.2 if i % 7 == 5 else 0.0,
             logit_bias={3: -5.0, 5: 1.5} if i % 9 == 4 else None,
+            allowed_token_ids=range(i, vocab_size, 3) if i % 6 == 4 else None,
             seed=1000 + i,
             max_tokens=answer,
             ignore_eos=True,

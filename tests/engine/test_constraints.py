@@ -100,6 +100,30 @@ def test_min_tokens_yields_where_only_what_it_bars_is_allowed(llm: LLM) -> None:
         assert (done.text, done.stop_reason) == (text, b[0])
 
 
+def test_allowed_token_ids_narrow_what_the_grammar_allows(llm: LLM) -> None:
+    a, b = llm.tokenizer.encode("ab", add_special_tokens=False)
+    eos = token_id(EOS)
+    for seed in range(4):
+        done = one(llm, StructuredOutputs(regex="[abc]{9}"), allowed_token_ids=[a, b], seed=seed)
+        assert re.fullmatch("[ab]{9}", done.text) and done.finish_reason == "stop"
+    # No end token is named: the text goes on for as long as both let it, and ends where it may.
+    done = one(llm, StructuredOutputs(regex="a*"), allowed_token_ids=[a, b], max_tokens=50)
+    assert (done.text, done.finish_reason) == ("a" * 50, "length")
+    done = one(llm, StructuredOutputs(regex="a(cb*)?"), allowed_token_ids=[a, b])
+    assert (done.text, done.finish_reason) == ("a", "stop")
+    done = one(llm, StructuredOutputs(regex="b+"), allowed_token_ids=[b, eos], max_tokens=200)
+    assert done.token_ids[-1] == eos and done.finish_reason == "stop"
+
+
+def test_allowed_token_ids_and_a_grammar_with_nothing_in_common(llm: LLM) -> None:
+    a = llm.tokenizer.encode("a", add_special_tokens=False)
+    with pytest.raises(UsageError, match="allowed_token_ids has no token that the grammar allows"):
+        one(llm, StructuredOutputs(regex="bc"), allowed_token_ids=a)
+    done = one(llm, StructuredOutputs(regex="aac"), allowed_token_ids=a)
+    assert (done.text, done.finish_reason) == ("aa", "error")
+    assert "allowed_token_ids" in str(done.stop_reason)
+
+
 def test_stop_strings_end_a_constrained_text(llm: LLM) -> None:
     done = one(llm, StructuredOutputs(regex="abcd"), stop="c")
     assert (done.text, done.stop_reason) == ("ab", "c")

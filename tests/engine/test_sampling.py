@@ -23,6 +23,7 @@ BAD = {
     "seed": [-1, 2**64, 1.0, True, "seed"],
     "stop": [7, "", ["a", ""], ["a", 1], {"a": 1}, ["x"] * 65],
     "stop_token_ids": [5, [-1], [1.0], [True], ["a"], "12", [2**31]],
+    "allowed_token_ids": [5, [], [-1], [1.0], [True], ["a"], "12", [2**31]],
     "min_tokens": [-1, 17, True, 1.5],  # 17 > max_tokens=16
     "max_tokens": [0, -5, True, 2.0, "16"],
     "logprobs": [-1, 21, True, 1.0],
@@ -43,10 +44,11 @@ def test_bad_value_is_refused_by_name(field: str, value: object) -> None:
 def test_boundary_values_are_taken() -> None:
     params = SamplingParams(
         n=3, temperature=0, top_p=1, top_k=-1, min_p=1.0, presence_penalty=-2, seed=2**64 - 1,
-        stop="end", stop_token_ids=[5, 3, 5], min_tokens=16, logprobs=20,
-        logit_bias={4: -INF, 2: 1},
+        stop="end", stop_token_ids=[5, 3, 5], allowed_token_ids=[5, 0, 5], min_tokens=16,
+        logprobs=20, logit_bias={4: -INF, 2: 1},
     )  # fmt: skip
     assert params.stop == ("end",) and params.stop_ids == (3, 5)
+    assert params.allowed_ids == (0, 5) and SamplingParams().allowed_ids is None
     assert params.logit_bias == {2: 1.0, 4: -INF}
     params.check_vocabulary(6)
 
@@ -56,7 +58,9 @@ def test_stop_strings_need_text() -> None:
         SamplingParams(stop="x", detokenize=False)
 
 
-@pytest.mark.parametrize("given", [{"stop_token_ids": [6]}, {"logit_bias": {6: 1.0}}])
+@pytest.mark.parametrize(
+    "given", [{"stop_token_ids": [6]}, {"logit_bias": {6: 1.0}}, {"allowed_token_ids": [1, 6]}]
+)
 def test_ids_beyond_the_vocabulary(given: dict[str, object]) -> None:
     params = SamplingParams(**given)  # type: ignore[arg-type]
     params.check_vocabulary(7)

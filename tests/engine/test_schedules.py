@@ -51,6 +51,9 @@ asks = st.builds(
         frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
         min_tokens=st.sampled_from([0, 0, 1]),
         stop_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=2),
+        allowed_token_ids=st.sampled_from([None, None, (1, 4, 8), range(2, VOCAB)]).map(
+            lambda ids: None if ids is None else list(ids)
+        ),
     ),
     st.integers(0, 12),
     st.sampled_from([0, 0, 1, -3]),

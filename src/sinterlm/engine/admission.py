@@ -21,7 +21,7 @@ from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.text_stream import CONTEXT_TOKENS, TextStream
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import PromptError, UsageError
-from sinterlm.runtime.batch import Int32, RowSampling
+from sinterlm.runtime.batch import Int32, RowSampling, UInt32, token_mask
 
 _MASK64 = (1 << 64) - 1
 
@@ -101,11 +101,14 @@ def make_group(
     ending = frozenset(params.stop_ids) | _eos(params, tokenizer, limits)
     _check_drawable(params, ending, limits.vocab_size)
     room = limits.max_model_len - len(tokens)
+    allowed = None
+    if params.allowed_ids is not None:
+        allowed = token_mask(params.allowed_ids, limits.vocab_size)
     num_new = room if params.max_tokens is None else min(params.max_tokens, room)
     for index in range(params.n):
         seed = _seed(params.seed, index, engine_seed, first_arrival + index)
         buffer = TokenBuffer(tokens, num_new)
-        row, row_after_min_tokens = _rows(params, tokens, seed, ending)
+        row, row_after_min_tokens = _rows(params, tokens, seed, ending, allowed)
         group.requests.append(
             Request(
                 group=group,
@@ -136,7 +139,9 @@ def constrain(group: RequestGroup, grammars: Grammars) -> None:
     if wanted is None:
         return
     for request in group.requests:
-        constraint = grammars.constraint(wanted, ignore_eos=group.params.ignore_eos)
+        constraint = grammars.constraint(
+            wanted, ignore_eos=group.params.ignore_eos, kept=request.row.allowed
+        )
         request.constraint = constraint
         for row in (request.row, request.row_after_min_tokens):
             if row is not None:
@@ -163,9 +168,18 @@ def _eos(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> frozen
 
 
 def _check_drawable(params: SamplingParams, ending: frozenset[int], vocab_size: int) -> None:
-    """Refuse a bias that, with the tokens that min_tokens bars, leaves nothing to draw."""
+    """Refuse a bias and a list that, with what min_tokens bars, leave nothing to draw."""
     barred = {i for i, bias in (params.logit_bias or {}).items() if bias == -math.inf}
-    if barred and len(barred | (ending if params.min_tokens else set())) >= vocab_size:
+    early = barred | (ending if params.min_tokens else set())
+    if params.allowed_ids is not None:
+        # Under a grammar min_tokens yields where only what it bars could be drawn.
+        gone = barred if params.structured_outputs is not None else early
+        if gone.issuperset(params.allowed_ids):
+            raise UsageError(
+                "allowed_token_ids has no token that logit_bias or min_tokens leaves to be drawn",
+                field="allowed_token_ids",
+            )
+    elif barred and len(early) >= vocab_size:
         raise UsageError(f"logit_bias forbids all {vocab_size} tokens that could be drawn")
 
 
@@ -184,16 +198,23 @@ def _text_stream(
 
 
 def _rows(
-    params: SamplingParams, prompt: Int32, seed: int, ending: frozenset[int]
+    params: SamplingParams,
+    prompt: Int32,
+    seed: int,
+    ending: frozenset[int],
+    allowed: UInt32 | None,
 ) -> tuple[RowSampling, RowSampling | None]:
     """How the first token is drawn, and, if min_tokens bars ending tokens at first, how later."""
     bias = dict(params.logit_bias or {})
     row = _row(params, prompt, seed, bias)
+    row.allowed = allowed
     row.stop_tokens = np.array(sorted(ending), np.int32)
     if params.min_tokens == 0 or not ending:
         return row, None
     barred = bias | dict.fromkeys(sorted(ending), -math.inf)
-    return _row(params, prompt, seed, barred), row
+    early = _row(params, prompt, seed, barred)
+    early.allowed = allowed
+    return early, row
 
 
 def _row(params: SamplingParams, prompt: Int32, seed: int, bias: dict[int, float]) -> RowSampling:

@@ -18,7 +18,7 @@ from sinterlm.engine.grammar_limits import check_grammar, check_regex, check_sch
 from sinterlm.engine.structured import StructuredOutputs
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import UsageError
-from sinterlm.runtime.batch import UInt32
+from sinterlm.runtime.batch import UInt32, token_mask
 
 if TYPE_CHECKING:  # imported where it is first needed: most runs follow no grammar
     import llguidance
@@ -43,13 +43,19 @@ class Constraint:
     ``failure`` says why it could not be followed further, once that has happened.
     """
 
-    __slots__ = ("_dropped", "_matcher", "failure", "mask")
+    __slots__ = ("_dropped", "_kept", "_matcher", "failure", "mask")
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, num_words: int, *, dropped: UInt32 | None
+        self,
+        matcher: llguidance.LLMatcher,
+        num_words: int,
+        *,
+        dropped: UInt32 | None,
+        kept: UInt32 | None,
     ) -> None:
         self._matcher = matcher
         self._dropped = dropped  # tokens that are taken out wherever others remain
+        self._kept = kept  # the only tokens that may be drawn, if not all
         self.mask = np.zeros(num_words, np.uint32)
         self.failure: str | None = None
         self._fill()
@@ -63,15 +69,26 @@ class Constraint:
             self._look_for_failure()
             return True
         self._fill()
+        if self.failure is not None and self._may_end():
+            self.failure = None  # the text is complete, and none of the kept tokens goes on
+            return True
         return self.failure is not None
+
+    def _may_end(self) -> bool:
+        """Whether the text is complete as it is."""
+        return not self._matcher.is_error() and bool(self._matcher.is_accepting())
 
     def allows_beside(self, token_ids: Iterable[int]) -> bool:
         """Whether anything may be drawn that is none of ``token_ids``."""
-        return bool((self.mask & ~_bits(token_ids, len(self.mask))).any())
+        return bool((self.mask & ~token_mask(token_ids, 32 * len(self.mask))).any())
 
     def _fill(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
         self._look_for_failure()
+        if self._kept is not None:
+            self.mask &= self._kept
+            if not self.mask.any() and self.failure is None:
+                self.failure = "allowed_token_ids has no token that the grammar allows here"
         if self._dropped is not None:
             others = self.mask & ~self._dropped
             if others.any():
@@ -99,14 +116,21 @@ class Grammars:
         """Compile and keep. Raises UsageError saying what is wrong with ``wanted``."""
         self._compiled(wanted)
 
-    def constraint(self, wanted: StructuredOutputs, *, ignore_eos: bool = False) -> Constraint:
+    def constraint(
+        self, wanted: StructuredOutputs, *, ignore_eos: bool = False, kept: UInt32 | None = None
+    ) -> Constraint:
         """A new sequence's constraint, at its beginning. Raises UsageError as ``prepare`` does.
 
-        With ``ignore_eos`` the text goes on for as long as its grammar lets it.
+        With ``ignore_eos`` the text goes on for as long as its grammar lets it. ``kept`` is a mask
+        of the only tokens that may be drawn.
         """
         num_words = -(-self._vocab_size // 32)
-        eos = _bits(self._eos, num_words) if ignore_eos else None
-        return Constraint(self._compiled(wanted).deep_copy(), num_words, dropped=eos)
+        eos = token_mask(self._eos, self._vocab_size) if ignore_eos else None
+        matcher = self._compiled(wanted).deep_copy()
+        made = Constraint(matcher, num_words, dropped=eos, kept=kept)
+        if made.failure is not None:
+            raise UsageError(made.failure)
+        return made
 
     @property
     def _eos(self) -> list[int]:
@@ -221,13 +245,6 @@ def _lark(grammar: str) -> str:
 def _literal(text: str) -> str:
     """A regex that matches ``text`` alone."""
     return _REGEX_SYNTAX.sub(lambda match: "\\" + match.group(), text)
-
-
-def _bits(token_ids: Iterable[int], num_words: int) -> UInt32:
-    words = np.zeros(num_words, np.uint32)
-    for token_id in token_ids:
-        words[token_id // 32] |= np.uint32(1 << (token_id % 32))
-    return words
 
 
 def _message(matcher: llguidance.LLMatcher) -> str:

@@ -94,7 +94,7 @@ class Request:
     row_after_min_tokens: RowSampling | None  #: takes over from ``row`` once min_tokens is reached
     stop_token_ids: frozenset[int]  #: eos ids included, unless ignored
     text: TextStream | None  #: None without a tokenizer or with detokenize=False
-    constraint: Constraint | None = None  #: its mask is both rows' ``allowed``
+    constraint: Constraint | None = None  #: its mask, which changes, is both rows' ``allowed``
     status: Status = Status.WAITING
     num_computed: int = 0  #: tokens whose KV is in the cache
     pages: list[int] = field(default_factory=list)
@@ -141,7 +141,7 @@ class Request:
     @property
     def can_draft(self) -> bool:
         """Whether guesses may be checked: every row is then drawn by the same rules."""
-        return self.row_after_min_tokens is None and self.row.allowed is None
+        return self.row_after_min_tokens is None and self.constraint is None
 
     @property
     def can_repeat(self) -> bool:

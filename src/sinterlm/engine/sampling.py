@@ -51,6 +51,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  #: the same for each prompt token but the first
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None  #: token id -> added to its raw logit
+    allowed_token_ids: Iterable[int] | None = None  #: draw none but these; stored as a tuple
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None  #: what the text must look like
@@ -61,6 +62,10 @@ class SamplingParams:
         set_field = object.__setattr__
         set_field(self, "stop", _strings("stop", self.stop))
         set_field(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            set_field(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise _bad("allowed_token_ids", [], "must name at least one token")
         set_field(self, "logit_bias", _bias(self.logit_bias))
         _check_numbers(self)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
@@ -94,6 +99,11 @@ class SamplingParams:
         return tuple(self.stop_token_ids) if self.stop_token_ids else ()
 
     @property
+    def allowed_ids(self) -> tuple[int, ...] | None:
+        """``allowed_token_ids`` as stored."""
+        return None if self.allowed_token_ids is None else tuple(self.allowed_token_ids)
+
+    @property
     def has_penalties(self) -> bool:
         """Whether the draw depends on the token history."""
         return (
@@ -104,7 +114,11 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UsageError when a token id of this request is not below ``vocab_size``."""
-        for name, ids in (("stop_token_ids", self.stop_ids), ("logit_bias", self.logit_bias or ())):
+        for name, ids in (
+            ("stop_token_ids", self.stop_ids),
+            ("allowed_token_ids", self.allowed_ids or ()),
+            ("logit_bias", self.logit_bias or ()),
+        ):
             for token_id in ids:
                 if token_id >= vocab_size:
                     limit = f"token ids of this model are 0 … {vocab_size - 1}"
@@ -201,7 +215,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 def _ids(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list | tuple | set | frozenset):
+    if not isinstance(value, list | tuple | set | frozenset | range):
         raise _bad(name, value, "must be a list of token ids")
     for item in value:
         _integer(name, item, 0, 2**31 - 1)

@@ -6,6 +6,7 @@ checks shapes and ranges and refuses a batch the library could not run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,13 @@ def _no_tokens() -> Int32:
 
 def _no_bias() -> Float32:
     return np.empty(0, np.float32)
+
+
+def token_mask(token_ids: Iterable[int], vocab_size: int) -> UInt32:
+    """The bit mask of abi.h, [ceil(V / 32)], with the bits of ``token_ids`` set."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[np.fromiter(token_ids, np.int64)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 @dataclass(slots=True, eq=False)

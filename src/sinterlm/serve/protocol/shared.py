@@ -89,6 +89,10 @@ class GenerationRequest(Strict, kw_only=True):
         dict[str, float] | None, effect("token id -> [-100, 100] added to its logit")
     ] = None
 
+    allowed_token_ids: Annotated[
+        list[int] | None, effect("draw none but these tokens; name an end token to let it end")
+    ] = None
+
     stop: Annotated[str | list[str] | None, effect("end before any of these texts")] = None
     stop_token_ids: Annotated[list[int] | None, effect("end at any of these tokens")] = None
     include_stop_str_in_output: Annotated[
@@ -178,9 +182,6 @@ class GenerationRequest(Strict, kw_only=True):
     length_penalty: Annotated[float | None, refused("it belongs to beam search", 1.0)] = None
     spaces_between_special_tokens: Annotated[
         bool | None, refused("text is what the tokenizer decodes", True)
-    ] = None
-    allowed_token_ids: Annotated[
-        Any, refused("use structured_outputs.choice, regex or grammar to allow only some text")
     ] = None
     bad_words: Annotated[Any, refused("use logit_bias with -100 to forbid a token", [])] = None
     logprob_token_ids: Annotated[Any, refused("use logprobs for the most likely tokens")] = None
