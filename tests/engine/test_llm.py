@@ -72,11 +72,11 @@ def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
 
 def test_a_bias_that_leaves_nothing_to_draw_is_refused_alone(llm: LLM) -> None:
     never = dict.fromkeys(range(vocab_size()), -math.inf)
-    with pytest.raises(UsageError, match="logit_bias forbids all"):
+    with pytest.raises(UsageError, match="logit_bias and bad_words forbid all"):
         llm.generate("a", SamplingParams(logit_bias=never))
     ending = llm.tokenizer.eos_token_ids
     only_end = {i: bias for i, bias in never.items() if i not in ending}
-    with pytest.raises(UsageError, match="logit_bias forbids all"):
+    with pytest.raises(UsageError, match="logit_bias and bad_words forbid all"):
         llm.generate("a", SamplingParams(logit_bias=only_end, min_tokens=1))
     assert llm.generate("a", SamplingParams(logit_bias=only_end))[0].outputs[0].token_ids
 

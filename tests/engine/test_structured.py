@@ -62,6 +62,8 @@ def test_sampling_params_refuse_what_contradicts() -> None:
     assert SamplingParams(structured_outputs=wanted, logit_bias={3: -100.0})
     with pytest.raises(UsageError, match="logit_bias of -inf contradicts structured_outputs"):
         SamplingParams(structured_outputs=wanted, logit_bias={3: -float("inf")})
+    with pytest.raises(UsageError, match=r"bad_words.* contradicts structured_outputs"):
+        SamplingParams(structured_outputs=wanted, bad_words=["a"])
     with pytest.raises(UsageError, match="structured_outputs"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
 

@@ -42,6 +42,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": {"5": 3}},
     "stop": {"stop": "o w"},
     "stop_token_ids": {"stop_token_ids": [259]},
+    "bad_words": {"bad_words": ["a", "o"]},
     "allowed_token_ids": {"allowed_token_ids": [5, 6]},
     "include_stop_str_in_output": {"stop": "o w", "include_stop_str_in_output": True},
     "ignore_eos": {"ignore_eos": True, "max_tokens": 12},

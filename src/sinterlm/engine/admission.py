@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinterlm.engine.bad_words import BadWords, read_bad_words
 from sinterlm.engine.booking import keep_drawable
 from sinterlm.engine.constraints import Grammars
 from sinterlm.engine.prefix import root_digest
@@ -99,7 +100,9 @@ def make_group(
         stream=stream,
     )
     ending = frozenset(params.stop_ids) | _eos(params, tokenizer, limits)
-    _check_drawable(params, ending, limits.vocab_size)
+    bad_words = read_bad_words(params.bad_texts, tokenizer, limits.vocab_size)
+    bias = _bias(params, bad_words)
+    _check_drawable(params, ending, bad_words, limits.vocab_size)
     room = limits.max_model_len - len(tokens)
     allowed = None
     if params.allowed_ids is not None:
@@ -108,7 +111,7 @@ def make_group(
     for index in range(params.n):
         seed = _seed(params.seed, index, engine_seed, first_arrival + index)
         buffer = TokenBuffer(tokens, num_new)
-        row, row_after_min_tokens = _rows(params, tokens, seed, ending, allowed)
+        row, row_after_min_tokens = _rows(params, tokens, seed, ending, bias, allowed)
         group.requests.append(
             Request(
                 group=group,
@@ -119,6 +122,7 @@ def make_group(
                 row=row,
                 row_after_min_tokens=row_after_min_tokens,
                 stop_token_ids=ending,
+                bad_words=bad_words if bad_words is not None and bad_words.changes else None,
                 text=_text_stream(params, tokenizer, tokens, stream),
                 logprobs=None if params.logprobs is None else [],
                 # The prompt is the same for all n: one of them tells.
@@ -167,20 +171,32 @@ def _eos(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> frozen
     return frozenset(i for i in tokenizer.eos_token_ids if 0 <= i < limits.vocab_size)
 
 
-def _check_drawable(params: SamplingParams, ending: frozenset[int], vocab_size: int) -> None:
-    """Refuse a bias and a list that, with what min_tokens bars, leave nothing to draw."""
+def _bias(params: SamplingParams, bad_words: BadWords | None) -> dict[int, float]:
+    """What is added to logits at every place."""
+    always = () if bad_words is None else bad_words.always
+    return dict(params.logit_bias or {}) | dict.fromkeys(sorted(always), -math.inf)
+
+
+def _check_drawable(
+    params: SamplingParams, ending: frozenset[int], bad_words: BadWords | None, vocab_size: int
+) -> None:
+    """Refuse what may, with what min_tokens bars, leave nothing to draw at some place."""
     barred = {i for i, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+    if bad_words is not None:
+        barred |= bad_words.sometimes
     early = barred | (ending if params.min_tokens else set())
     if params.allowed_ids is not None:
         # Under a grammar min_tokens yields where only what it bars could be drawn.
         gone = barred if params.structured_outputs is not None else early
         if gone.issuperset(params.allowed_ids):
             raise UsageError(
-                "allowed_token_ids has no token that logit_bias or min_tokens leaves to be drawn",
+                "allowed_token_ids has no token that logit_bias, bad_words and min_tokens leave",
                 field="allowed_token_ids",
             )
     elif barred and len(early) >= vocab_size:
-        raise UsageError(f"logit_bias forbids all {vocab_size} tokens that could be drawn")
+        raise UsageError(
+            f"logit_bias and bad_words forbid all {vocab_size} tokens that could be drawn"
+        )
 
 
 def _text_stream(
@@ -202,10 +218,10 @@ def _rows(
     prompt: Int32,
     seed: int,
     ending: frozenset[int],
+    bias: dict[int, float],
     allowed: UInt32 | None,
 ) -> tuple[RowSampling, RowSampling | None]:
     """How the first token is drawn, and, if min_tokens bars ending tokens at first, how later."""
-    bias = dict(params.logit_bias or {})
     row = _row(params, prompt, seed, bias)
     row.allowed = allowed
     row.stop_tokens = np.array(sorted(ending), np.int32)

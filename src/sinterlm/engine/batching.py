@@ -86,9 +86,25 @@ def _drawn_rows(chunk: Chunk) -> list[RowSampling]:
     rows += [replace(request.row) for _ in range(chunk.num_drafts)]
     for i, row in enumerate(rows):
         row.position = request.num_tokens + i
+        output = request.tokens.slice(request.tokens.num_prompt, row.position)
         if request.group.params.has_penalties:
-            row.output_tokens = request.tokens.slice(request.tokens.num_prompt, row.position)
+            row.output_tokens = output
+        if request.bad_words is not None:
+            rows[i] = _without(row, request.bad_words.barred(output))
     return rows
+
+
+def _without(row: RowSampling, barred: set[int]) -> RowSampling:
+    """The row, or one that draws none of ``barred``."""
+    if not barred:
+        return row
+    ids = np.array(sorted(barred), np.int32)
+    others = ~np.isin(row.bias_ids, ids)
+    return replace(
+        row,
+        bias_ids=np.concatenate([row.bias_ids[others], ids]),
+        bias=np.concatenate([row.bias[others], np.full(len(ids), -np.inf, np.float32)]),
+    )
 
 
 def _scored_rows(chunk: Chunk) -> list[RowSampling]:

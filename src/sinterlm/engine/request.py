@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sinterlm.engine.bad_words import BadWords
 from sinterlm.engine.outputs import (
     FinishReason,
     PromptLogprobs,
@@ -94,6 +95,7 @@ class Request:
     row_after_min_tokens: RowSampling | None  #: takes over from ``row`` once min_tokens is reached
     stop_token_ids: frozenset[int]  #: eos ids included, unless ignored
     text: TextStream | None  #: None without a tokenizer or with detokenize=False
+    bad_words: BadWords | None = None  #: None where all of them are barred by the rows already
     constraint: Constraint | None = None  #: its mask, which changes, is both rows' ``allowed``
     status: Status = Status.WAITING
     num_computed: int = 0  #: tokens whose KV is in the cache
@@ -148,7 +150,8 @@ class Request:
         """Whether several tokens may be drawn before Python sees one: nothing but a stop token ends
         it, and every row is drawn by rules that hold still."""
         watched = self.text is not None and self.text.is_watched
-        return not watched and not self.group.params.has_penalties and self.can_draft
+        changing = self.group.params.has_penalties or self.bad_words is not None
+        return not watched and not changing and self.can_draft
 
     @property
     def order(self) -> tuple[int, int]:

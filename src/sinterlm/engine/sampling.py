@@ -15,6 +15,7 @@ from sinterlm.errors import UsageError
 
 MAX_LOGPROBS = 20  #: most alternatives per token, as in vLLM and the OpenAI protocol
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 256
 MAX_COMPLETIONS = 1024
 #: What is smaller may arrive in the library as 0, where a value must be above it.
 _LEAST_FP32 = 1.2e-38
@@ -51,6 +52,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  #: the same for each prompt token but the first
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None  #: token id -> added to its raw logit
+    bad_words: Iterable[str] | None = None  #: texts never completed; stored as a tuple
     allowed_token_ids: Iterable[int] | None = None  #: draw none but these; stored as a tuple
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -60,7 +62,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Normalise the sequences, then check every field."""
         set_field = object.__setattr__
-        set_field(self, "stop", _strings("stop", self.stop))
+        set_field(self, "stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
+        set_field(self, "bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         set_field(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:
             set_field(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
@@ -87,11 +90,20 @@ class SamplingParams:
                 "logit_bias of -inf contradicts structured_outputs, which may leave no other "
                 "token; use -100"
             )
+        if self.structured_outputs is not None and self.bad_words:
+            raise _bad(
+                "bad_words", self.bad_words, "contradicts structured_outputs, which may need them"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as stored."""
         return tuple(self.stop) if self.stop else ()
+
+    @property
+    def bad_texts(self) -> tuple[str, ...]:
+        """``bad_words`` as stored."""
+        return tuple(self.bad_words) if self.bad_words else ()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -195,7 +207,7 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise _bad(name, value, "must be representable in 32 bits")
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
+def _strings(name: str, value: object, most: int) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
@@ -207,8 +219,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
             raise _bad(name, item, "must be a string")
         if not item:
             raise _bad(name, item, "must not be empty")
-    if len(value) > MAX_STOP_STRINGS:
-        raise _bad(name, f"{len(value)} strings", f"must be at most {MAX_STOP_STRINGS}")
+    if len(value) > most:
+        raise _bad(name, f"{len(value)} strings", f"must be at most {most}")
     return tuple(value)
 
 

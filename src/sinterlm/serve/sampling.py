@@ -19,7 +19,7 @@ from sinterlm.serve.served import ServedModel
 #: Fields that mean the same in a request and in SamplingParams.
 _SAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "stop", "stop_token_ids", "allowed_token_ids",
+    "repetition_penalty", "stop", "stop_token_ids", "bad_words", "allowed_token_ids",
     "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
 )  # fmt: skip
 

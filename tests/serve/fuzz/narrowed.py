@@ -75,7 +75,8 @@ _OWN: dict[str, dict[str, Any]] = {
 
 #: What constrains an answer; a request has one of them.
 FORMS: dict[str, dict[str, Any]] = {
-    "none": {},
+    "tokens": {"bad_words": {"type": "array", "items": _TEXT, "maxItems": 3},
+               "allowed_token_ids": {"enum": [None, list(range(1000)), [28]]}},
     "json": {"structured_outputs": {
         "type": "object", "required": ["json"], "properties": {"json": _SCHEMA},
         "additionalProperties": False}},

@@ -89,6 +89,9 @@ class GenerationRequest(Strict, kw_only=True):
         dict[str, float] | None, effect("token id -> [-100, 100] added to its logit")
     ] = None
 
+    bad_words: Annotated[
+        list[str] | None, effect("never complete any of these texts, at a word's beginning")
+    ] = None
     allowed_token_ids: Annotated[
         list[int] | None, effect("draw none but these tokens; name an end token to let it end")
     ] = None
@@ -183,7 +186,6 @@ class GenerationRequest(Strict, kw_only=True):
     spaces_between_special_tokens: Annotated[
         bool | None, refused("text is what the tokenizer decodes", True)
     ] = None
-    bad_words: Annotated[Any, refused("use logit_bias with -100 to forbid a token", [])] = None
     logprob_token_ids: Annotated[Any, refused("use logprobs for the most likely tokens")] = None
     thinking_token_budget: Annotated[
         Any, refused("use max_tokens, or chat_template_kwargs to switch thinking off")
