@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 
 from sinterlm import LLM
-from sinterlm.artifact.cache import Cache
-from sinterlm.artifact.housekeeping import prune
 
 OpenModel = Callable[..., LLM]
 
 
 @pytest.fixture(scope="session")
 def cache_dir(test_environment: Path) -> Path:
-    """The shared cache, without what older sources left in it."""
-    prune(Cache.at(test_environment), older_than_days=3, max_bytes=2 << 30)
+    """The shared cache."""
     return test_environment
 
 

@@ -1,15 +1,12 @@
-"""Builds the op-test library of quantised GEMMs and calls it with NumPy arrays and CodedMatrix."""
+"""Calls an op-test library of quantised GEMMs with NumPy arrays and CodedMatrix."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from sinterlm.backends.cpu.toolchain import compile_library
 from sinterlm.ir.bf16 import Instruction
 from sinterlm.ir.plan import PackedTensor
 from sinterlm.ir.quant import CodedMatrix, GemmFormat, PanelShape
@@ -52,23 +49,10 @@ def packed(form: GemmFormat, k: int, columns: int, *parts: tuple[int, CodedMatri
 
 
 class CodedLib:
-    """The quantised kernels of one ISA level."""
+    """The quantised kernels of one ISA level, in the library of ``SOURCE`` at ``path``."""
 
-    def __init__(
-        self,
-        isa: IsaName,
-        folder: Path,
-        extra_flags: tuple[str, ...] = (),
-        defines: Mapping[str, str] | None = None,
-        build_isa: IsaName | None = None,
-    ) -> None:
-        """``build_isa`` is the level whose machine flags are used, where ``isa`` is emulated."""
+    def __init__(self, isa: IsaName, path: Path) -> None:
         self.isa = isa
-        flavour = hashlib.sha256(repr((defines, extra_flags)).encode()).hexdigest()[:8]
-        path = folder / f"coded-{isa}-{flavour}.so"
-        if not path.exists():
-            text = SOURCE.read_text()
-            compile_library(text, path, build_isa or isa, defines=defines, extra_flags=extra_flags)
         self.lib = ctypes.CDLL(str(path))
         self.lib.oc_isa.restype = ctypes.c_char_p
         assert self.lib.oc_isa().decode() == isa

@@ -1,5 +1,5 @@
-"""One op-test library per ISA level this machine has, built once per session; and of the quantised
-kernels, those of AVX-512 emulated by SIMDe where the machine lacks them.
+"""One op-test library per ISA level this machine has; and of the quantised kernels, those of
+AVX-512 emulated by SIMDe where the machine lacks them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import pytest
 
 from sinterlm.backends.cpu.isa import available_isas, isa_macro
 from sinterlm.options import IsaName
+from tests.kernels import coded, oplib
 from tests.kernels.coded import CodedLib
 from tests.kernels.oplib import OpLib
+from tests.libraries import BuildLibrary
 
 
 @pytest.fixture(scope="session", params=available_isas())
-def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpLib:
-    return OpLib(request.param, _folder(tmp_path_factory))
+def ops(request: pytest.FixtureRequest, build_library: BuildLibrary) -> OpLib:
+    return OpLib(request.param, build_library(oplib.SOURCE.read_text(), request.param))
 
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
@@ -38,16 +40,12 @@ def _levels() -> list[object]:
 
 
 @pytest.fixture(scope="session", params=_levels())
-def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CodedLib:
+def lib(request: pytest.FixtureRequest, build_library: BuildLibrary) -> CodedLib:
     isa, _, is_emulated = request.param.partition(" ")
-    folder = _folder(tmp_path_factory)
+    source = coded.SOURCE.read_text()
     if not is_emulated:
-        return CodedLib(isa, folder, ("-O1",))
+        return CodedLib(isa, build_library(source, isa, ("-O1",)))
     if not SIMDE.exists() or "avx2" not in available_isas():
         pytest.skip("needs SIMDe's headers (Debian: libsimde-dev) and AVX2")
-    flags = ("-O1", f"-D{isa_macro(isa)}=1", "-include", str(SHIM))
-    return CodedLib(isa, folder, flags, build_isa="avx2")
-
-
-def _folder(factory: pytest.TempPathFactory) -> Path:
-    return factory.mktemp("optest")
+    flags = ("-O1", f"-D{isa_macro(isa)}=1")
+    return CodedLib(isa, build_library(SHIM.read_text() + source, "avx2", flags))

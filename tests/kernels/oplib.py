@@ -1,4 +1,4 @@
-"""Builds the op-test library of one ISA level and calls its kernels with NumPy arrays.
+"""Calls the kernels of an op-test library with NumPy arrays.
 
 Arrays go in as float32 and are rounded and packed here; padding of every packed operand is NaN
 where a kernel must not read, zero where the layout promises zeros.
@@ -7,15 +7,12 @@ where a kernel must not read, zero where the layout promises zeros.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sinterlm.backends.cpu.toolchain import compile_library
 from sinterlm.options import IsaName
 
 SOURCE = Path(__file__).with_name("optest.cpp")
@@ -176,21 +173,10 @@ def call(fn: Any, *args: Any) -> None:
 
 
 class OpLib:
-    """The kernels of one ISA level."""
+    """The kernels of one ISA level, in the library of ``SOURCE`` at ``path``."""
 
-    def __init__(
-        self,
-        isa: IsaName,
-        folder: Path,
-        defines: Mapping[str, str] | None = None,
-        extra_flags: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, isa: IsaName, path: Path) -> None:
         self.isa = isa
-        flavour = hashlib.sha256(repr((defines, extra_flags)).encode()).hexdigest()[:8]
-        path = folder / f"optest-{isa}-{flavour}.so"
-        if not path.exists():
-            text = SOURCE.read_text()
-            compile_library(text, path, isa, defines=defines, extra_flags=extra_flags)
         self.lib = ctypes.CDLL(str(path))
         self.lib.ot_isa.restype = ctypes.c_char_p
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sinterlm.artifact.isa import best_isa
-from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS
+from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, compile_library
+from tests.kernels import coded as codedlib
+from tests.kernels import oplib
 from tests.kernels import test_attention as attention
 from tests.kernels import test_coded as coded
 from tests.kernels import test_matmul as matmul
@@ -124,29 +126,30 @@ CODED_MUTANTS = [
 ]  # fmt: skip
 
 
-def _mutated(mutant: Mutant | CodedMutant, folder: Path) -> Path:
-    """A copy of the headers with the edit."""
+def _build(mutant: Mutant | CodedMutant, source: Path, folder: Path, *flags: str) -> Path:
+    """The library of ``source`` on a copy of the headers with the edit."""
     headers = folder / "mutated"
     shutil.copytree(INCLUDE_DIRS[0], headers)
     path = headers / "sinterlm" / mutant.header
-    source = path.read_text()
-    assert source.count(mutant.old) == 1, "the edit no longer fits the source: mend the mutant"
-    path.write_text(source.replace(mutant.old, mutant.new))
-    return headers
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, "the edit no longer fits the source: mend the mutant"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    library = folder / "mutant.so"
+    flags = ("-iquote", str(headers), "-O0", *flags)
+    compile_library(source.read_text(), library, best_isa(), extra_flags=flags)
+    return library
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_broken_kernel_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
-    headers = _mutated(mutant, tmp_path)
-    ops = OpLib(best_isa(), tmp_path, extra_flags=("-iquote", str(headers), "-O1"))
+    ops = OpLib(best_isa(), _build(mutant, oplib.SOURCE, tmp_path))
     with pytest.raises(AssertionError):
         mutant.check(ops)
 
 
 @pytest.mark.parametrize("mutant", CODED_MUTANTS, ids=lambda m: m.name)
 def test_a_broken_quantised_kernel_is_noticed(mutant: CodedMutant, tmp_path: Path) -> None:
-    headers = _mutated(mutant, tmp_path)
-    flags = ("-iquote", str(headers), "-O1", f"-DONLY_FORMAT={mutant.number}")
-    lib = CodedLib(best_isa(), tmp_path, extra_flags=flags)
+    only = f"-DONLY_FORMAT={mutant.number}"
+    lib = CodedLib(best_isa(), _build(mutant, codedlib.SOURCE, tmp_path, only))
     with pytest.raises(AssertionError):
         mutant.check(lib, mutant.number)

@@ -12,6 +12,7 @@ import pytest
 
 from sinterlm.backends.cpu.toolchain import find_compiler
 from sinterlm.options import IsaName
+from tests.libraries import BuildLibrary
 from tests.native.conftest import HERE
 from tests.native.tiny import build_tiny
 
@@ -33,7 +34,13 @@ def runtime_library(name: str) -> str:
 )
 @pytest.mark.parametrize("name,dtype", [("odd-everything", "bf16"), ("gqa3-tied-window", "fp32")])
 def test_model(
-    tmp_path: Path, isa: IsaName, kind: str, runtime: str, name: str, dtype: str
+    tmp_path: Path,
+    build_library: BuildLibrary,
+    isa: IsaName,
+    kind: str,
+    runtime: str,
+    name: str,
+    dtype: str,
 ) -> None:
     flags = (f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g")
     environment = {
@@ -43,7 +50,7 @@ def test_model(
         "PYTHONPATH": str(ROOT),
     }
     pickled = tmp_path / "tiny.pickle"
-    pickled.write_bytes(pickle.dumps(build_tiny(name, dtype, isa, tmp_path, flags)))
+    pickled.write_bytes(pickle.dumps(build_tiny(name, dtype, isa, tmp_path, build_library, flags)))
     command = [sys.executable, str(HERE / "sanitized_model.py"), str(pickled)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout == "done\n", (done.stdout + done.stderr)[-4000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from sinterlm.artifact.manifest import (
     ModelShape,
 )
 from sinterlm.backends.cpu.emit import emit
-from sinterlm.backends.cpu.toolchain import compile_library
 from sinterlm.ir.bf16 import to_bf16
 from sinterlm.ir.graph import DecoderConfig, Graph
 from sinterlm.ir.plan import Plan
@@ -33,6 +33,7 @@ from sinterlm.passes.quantise import quantise
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
 from tests.ir.graphs import config, plain_graph, random_weights
+from tests.libraries import BuildLibrary
 
 MAX_LEN = 400
 
@@ -92,13 +93,19 @@ QUANTISED = {
 
 
 def build_tiny(
-    name: str, dtype: str, isa: IsaName, folder: Path, flags: Sequence[str] = ()
+    name: str,
+    dtype: str,
+    isa: IsaName,
+    folder: Path,
+    build: BuildLibrary,
+    flags: Sequence[str] = (),
 ) -> Tiny:
+    """A model in ``folder``, its library compiled by ``build``."""
     dtype, scheme = QUANTISED.get(dtype, (dtype, None))
     graph = plain_graph(CONFIGS[name], dtype)
     weights = random_weights(graph, seed=len(name))
     made = plan(graph, scheme=scheme)
-    compile_library(emit(made, isa), folder / "model.so", isa, extra_flags=flags)
+    shutil.copy(build(emit(made, isa), isa, flags), folder / "model.so")
     write_weights(made, weights, folder / "weights.bin")
     return Tiny(graph, weights, made, bundle_of(made, isa, folder))
 
