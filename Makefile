@@ -119,8 +119,11 @@ bench-parity: $(VENV)/stamps/dev $(BENCH)/smollm2/hf
 
 # ---- development
 
+# A file's tests stay in one process: they share models and servers. Slow tests measure, so they run
+# alone; PYTEST_ARGS=-n0 does the same for the others.
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n logical --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: setup $(VENV)/stamps/browser $(VENV)/stamps/fuzz
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
