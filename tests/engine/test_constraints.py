@@ -17,12 +17,12 @@ from sinterlm.engine.constraints import Grammars
 from sinterlm.engine.llm import LLM
 from sinterlm.engine.outputs import CompletionOutput
 from sinterlm.engine.sampling import SamplingParams
-from sinterlm.engine.structured import StructuredOutputs
+from sinterlm.engine.structured import Reasoning, StructuredOutputs
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import UsageError
 from sinterlm.options import EngineOptions
 from tests.engine.fake_bundle import load
-from tests.engine.texts import EOS, chat_assets, token_id, vocab_size
+from tests.engine.texts import BOS, EOS, IM_START, chat_assets, token_id, vocab_size
 
 PROMPT = {"prompt_token_ids": [3, 4, 5]}
 PERSON = {
@@ -68,6 +68,58 @@ def test_each_kind_holds(llm: LLM, seed: int) -> None:
 def test_any_json_object_with_a_whitespace_pattern(llm: LLM) -> None:
     wanted = StructuredOutputs(json=PERSON, whitespace_pattern="[ ]")
     assert json.loads(one(llm, wanted).text)
+
+
+class TestReasoning:
+    """Free text comes first, and ends with a token; here one that no text of a grammar has."""
+
+    CLOSING, OPENING = token_id(IM_START), token_id(BOS)
+
+    def grammars(self) -> Grammars:
+        return Grammars(Tokenizer(chat_assets()), vocab_size())
+
+    def drawable(self, mask: np.ndarray) -> set[int]:
+        return {i for i in range(vocab_size()) if mask[i // 32] >> (i % 32) & 1}
+
+    def follow(self, reasoning: Reasoning | None, *tokens: int) -> tuple[set[int], list[bool]]:
+        wanted = StructuredOutputs(choice=["ab"], reasoning=reasoning)
+        constraint = self.grammars().constraint(wanted)
+        ended = [constraint.advance(token) for token in tokens]
+        return self.drawable(constraint.mask), ended
+
+    def test_begun_in_the_prompt(self) -> None:
+        first, _ = self.follow(None)
+        assert first and self.OPENING not in first
+        reasoning = Reasoning(self.CLOSING)
+        everything = set(range(vocab_size())) - {token_id(EOS)}
+        assert self.follow(reasoning)[0] == everything
+        assert self.follow(reasoning, 5, self.OPENING, 7) == (everything, [False] * 3)
+        assert self.follow(reasoning, 5, self.CLOSING) == (first, [False] * 2)
+        (a,) = first & set(Tokenizer(chat_assets()).encode("a", add_special_tokens=False))
+        (b,) = Tokenizer(chat_assets()).encode("b", add_special_tokens=False)
+        assert self.follow(reasoning, self.CLOSING, a, b)[1] == [False, False, True]
+
+    def test_begun_by_the_answer_or_not(self) -> None:
+        first, _ = self.follow(None)
+        reasoning = Reasoning(self.CLOSING, self.OPENING)
+        assert self.follow(reasoning)[0] == first | {self.OPENING}
+        assert len(self.follow(reasoning, self.OPENING)[0]) == vocab_size() - 1
+        assert self.follow(reasoning, self.OPENING, 5, self.CLOSING)[0] == first
+        (a,) = Tokenizer(chat_assets()).encode("a", add_special_tokens=False)
+        assert self.OPENING not in self.follow(reasoning, a)[0]
+
+    def test_the_answer_fits_whatever_comes_first(self, llm: LLM) -> None:
+        wanted = StructuredOutputs(regex=r"[ab]{3}\d", reasoning=Reasoning(self.CLOSING))
+        for seed in range(5):
+            bias = {self.CLOSING: 4.0}
+            output = one(llm, wanted, seed=seed, max_tokens=400, logit_bias=bias)
+            at = output.token_ids.index(self.CLOSING)
+            answer = llm.tokenizer.decode(list(output.token_ids[at + 1 :]))
+            assert re.fullmatch(r"[ab]{3}\d", answer) and output.finish_reason == "stop"
+
+    def test_equal_wishes_share_a_grammar(self) -> None:
+        plain = StructuredOutputs(regex="a+")
+        assert plain == StructuredOutputs(regex="a+", reasoning=Reasoning(3))
 
 
 def test_a_text_ends_where_nothing_can_follow(llm: LLM) -> None:

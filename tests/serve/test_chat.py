@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sinterlm.engine.structured import Reasoning
 from tests.serve.conftest import MakeServer, Server, chat_body
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -172,6 +173,35 @@ class TestReasoning:
         server = make_server(reasoning_parser="qwq")
         server.bridge.script = lambda *_: "thinking on and on"
         assert message(server.chat({"max_tokens": 4}))["content"] is None
+
+    @pytest.mark.parametrize(
+        ("parser", "variables", "expected"),
+        [
+            ("qwq", {}, Reasoning(9)),
+            ("qwen3", {}, Reasoning(9, 8)),
+            ("qwen3", {"open_thinking": True}, Reasoning(9)),
+        ],
+    )
+    def test_a_constraint_waits_for_it(
+        self, make_server: MakeServer, parser: str, variables: dict[str, Any], expected: Reasoning
+    ) -> None:
+        server = make_server(reasoning_parser=parser, think_tokens=(8, 9))
+        server.bridge.script = lambda *_: "<think>so</think>{}"
+        body = {"response_format": {"type": "json_object"}, "chat_template_kwargs": variables}
+        got = message(server.chat(body))
+        assert (got["reasoning"], got["content"]) == ("so", "{}")
+        (params,) = server.bridge.prepared
+        assert params.structured_outputs is not None
+        assert params.structured_outputs.reasoning == expected
+
+    def test_without_tokens_for_it_a_constrained_answer_is_all_content(
+        self, make_server: MakeServer
+    ) -> None:
+        server = make_server(reasoning_parser="qwq")
+        server.bridge.script = lambda *_: "{}"
+        got = message(server.chat({"response_format": {"type": "json_object"}}))
+        assert got["content"] == "{}" and server.bridge.prepared[0].structured_outputs is not None
+        assert server.bridge.prepared[0].structured_outputs.reasoning is None
 
 
 class TestTools:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from sinterlm.engine.grammar_limits import check_grammar, check_regex, check_schema
-from sinterlm.engine.structured import StructuredOutputs
+from sinterlm.engine.structured import Reasoning, StructuredOutputs
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import UsageError
 from sinterlm.runtime.batch import UInt32, token_mask
@@ -41,29 +41,51 @@ class Constraint:
 
     ``mask`` is the bit mask [ceil(V / 32)] uint32 of abi.h, rewritten in place by ``advance``.
     ``failure`` says why it could not be followed further, once that has happened.
+    While the model reasons it may draw anything but ``eos``: an answer always follows.
     """
 
-    __slots__ = ("_dropped", "_kept", "_matcher", "failure", "mask")
+    __slots__ = ("_dropped", "_eos", "_is_inside", "_kept", "_matcher", "_reasoning", "failure",
+                 "mask")  # fmt: skip
 
     def __init__(
         self,
         matcher: llguidance.LLMatcher,
-        num_words: int,
         *,
-        dropped: UInt32 | None,
+        eos: UInt32,
+        ignore_eos: bool,
         kept: UInt32 | None,
+        reasoning: Reasoning | None,
     ) -> None:
         self._matcher = matcher
-        self._dropped = dropped  # tokens that are taken out wherever others remain
+        self._eos = eos
+        self._dropped = eos if ignore_eos else None  # taken out wherever others remain
         self._kept = kept  # the only tokens that may be drawn, if not all
-        self.mask = np.zeros(num_words, np.uint32)
+        self._reasoning = reasoning  # None once it is over
+        self._is_inside = False
+        self.mask = np.zeros_like(eos)
         self.failure: str | None = None
+        if reasoning is not None and reasoning.opening is None:
+            self._reason()
+            return
         self._fill()
+        if reasoning is not None and reasoning.opening is not None:
+            opening = token_mask((reasoning.opening,), 32 * len(eos))
+            self.mask |= opening if kept is None else opening & kept
 
     def advance(self, token_id: int) -> bool:
         """Follow a drawn token. True when nothing can come after it: the text is complete, or the
         grammar has become too complex to follow, which ``failure`` then says.
         """
+        if self._reasoning is not None:
+            if self._is_inside:
+                if token_id == self._reasoning.closing:
+                    self._reasoning = None
+                    self._fill()
+                return self.failure is not None
+            if token_id == self._reasoning.opening:
+                self._reason()
+                return False
+            self._reasoning = None
         self._matcher.consume_token(token_id)
         if self._matcher.is_stopped():  # after a failure too
             self._look_for_failure()
@@ -73,6 +95,12 @@ class Constraint:
             self.failure = None  # the text is complete, and none of the kept tokens goes on
             return True
         return self.failure is not None
+
+    def _reason(self) -> None:
+        self._is_inside = True
+        np.invert(self._eos, out=self.mask)
+        if self._kept is not None:
+            self.mask &= self._kept
 
     def _may_end(self) -> bool:
         """Whether the text is complete as it is."""
@@ -124,10 +152,13 @@ class Grammars:
         With ``ignore_eos`` the text goes on for as long as its grammar lets it. ``kept`` is a mask
         of the only tokens that may be drawn.
         """
-        num_words = -(-self._vocab_size // 32)
-        eos = token_mask(self._eos, self._vocab_size) if ignore_eos else None
-        matcher = self._compiled(wanted).deep_copy()
-        made = Constraint(matcher, num_words, dropped=eos, kept=kept)
+        made = Constraint(
+            self._compiled(wanted).deep_copy(),
+            eos=token_mask(self._eos, self._vocab_size),
+            ignore_eos=ignore_eos,
+            kept=kept,
+            reasoning=wanted.reasoning,
+        )
         if made.failure is not None:
             raise UsageError(made.failure)
         return made

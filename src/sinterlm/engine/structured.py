@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sinterlm.errors import UsageError
@@ -20,6 +20,14 @@ KINDS: tuple[Kind, ...] = ("json", "json_object", "regex", "choice", "grammar")
 #: Most bytes of a constraint, all its choices together.
 MAX_BYTES = {"json": 1 << 17, "regex": 1 << 14, "choice": 1 << 17, "grammar": 1 << 16}
 MAX_CHOICES = 10_000
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """The tokens around what a model thinks before it answers; a constraint begins behind it."""
+
+    closing: int  #: the token that ends it
+    opening: int | None = None  #: a first token that begins it; None = it has begun in the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,8 @@ class StructuredOutputs:
     grammar: str | None = None  #: Lark as llguidance takes it, or GBNF/EBNF with a ``root`` rule
     disable_any_whitespace: bool = False  #: JSON without optional whitespace
     whitespace_pattern: str | None = None  #: regex of the whitespace that JSON may have
+    #: Free text that comes first; a wish is the same with and without.
+    reasoning: Reasoning | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Normalise ``json`` and ``choice``, then check every field."""

@@ -131,7 +131,8 @@ class ChatEndpoint:
         return sampling_params(chat, self._served, overrides, called=called)
 
     async def _with_grammar(self, plan: ChatPlan) -> ChatPlan:
-        params = await constrained(self._context.bridge, plan.params, plan.constraint)
+        constraint = plan.after_reasoning(self._served)
+        params = await constrained(self._context.bridge, plan.params, constraint)
         return plan.with_params(params)
 
     # -- the whole answer ------------------------------------------------------------------------

@@ -7,9 +7,15 @@ from typing import Any, cast
 
 from sinterlm.engine.prompts import Prompt
 from sinterlm.engine.sampling import SamplingParams
+from sinterlm.engine.structured import Reasoning
 from sinterlm.serve.answering import AnswerReader
 from sinterlm.serve.errors import bad_request
-from sinterlm.serve.parsers import reasoning_parser, starts_inside, tool_parser
+from sinterlm.serve.parsers import (
+    begins_reasoning,
+    reasoning_parser,
+    starts_inside,
+    tool_parser,
+)
 from sinterlm.serve.parsers.base import ReasoningParser, ToolParser
 from sinterlm.serve.protocol.chat import ChatRequest, FinishReason, NamedToolChoice
 from sinterlm.serve.served import ServedModel
@@ -32,18 +38,36 @@ class ChatPlan:
         return replace(self, params=params)
 
     def reads_reasoning(self, served: ServedModel) -> bool:
-        """Whether answers are searched for reasoning: a constrained one has no room for it."""
-        return served.reasoning_parser is not None and self.constraint is None
+        """Whether answers are searched for reasoning. A constrained one has room for it only where
+        tokens tell when it ends."""
+        constrained = self.constraint is not None and served.think_tokens is None
+        return served.reasoning_parser is not None and not constrained
+
+    def after_reasoning(self, served: ServedModel) -> Constraint | None:
+        """The constraint, behind what the model thinks first."""
+        if self.constraint is None or not self.reads_reasoning(served):
+            return self.constraint
+        assert served.reasoning_parser is not None and served.think_tokens is not None
+        opening, closing = served.think_tokens
+        starts = self._starts_inside()
+        if begins_reasoning(served.reasoning_parser, starts):
+            return self.constraint.behind(Reasoning(closing))
+        if starts is False:  # the prompt has ended it
+            return self.constraint
+        return self.constraint.behind(Reasoning(closing, opening))
 
     def reader(self, served: ServedModel) -> AnswerReader:
         """What takes one answer apart."""
         return AnswerReader(self._reasoning(served), self._tools(served))
 
     def _reasoning(self, served: ServedModel) -> ReasoningParser | None:
-        if served.reasoning_parser is None or self.constraint is not None:
+        if not self.reads_reasoning(served):
             return None
-        inside = starts_inside(self.prompt.text or "")
-        return reasoning_parser(served.reasoning_parser, starts_inside=inside)
+        assert served.reasoning_parser is not None
+        return reasoning_parser(served.reasoning_parser, starts_inside=self._starts_inside())
+
+    def _starts_inside(self) -> bool | None:
+        return starts_inside(self.prompt.text or "")
 
     def _tools(self, served: ServedModel) -> ToolParser | None:
         if self.tool_choice == "none":

@@ -10,6 +10,7 @@ from sinterlm.engine.llm import LLM
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.serve.errors import ApiError
+from sinterlm.serve.parsers import CLOSING, OPENING
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ServedModel:
     chat_template: str | None = None  #: instead of the checkpoint's own
     tool_parser: str | None = None  #: name in ``serve.parsers``; None = tool calls stay text
     reasoning_parser: str | None = None  #: name in ``serve.parsers``; None = no reasoning field
+    #: ``<think>`` and ``</think>``, where each is one token: a constraint waits for the answer.
+    think_tokens: tuple[int, int] | None = None
     #: A text of more characters has more tokens than ``max_model_len``; None = not known.
     most_chars: int | None = None
 
@@ -62,6 +65,14 @@ class ServedModel:
         return self.chat_template or self.tokenizer.assets.chat_template or ""
 
 
+def think_tokens(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The tokens of ``<think>`` and ``</think>``; None where a tag is several."""
+    if not tokenizer.has_vocabulary:
+        return None
+    tags = [tokenizer.encode(tag, add_special_tokens=False) for tag in (OPENING, CLOSING)]
+    return (tags[0][0], tags[1][0]) if all(len(ids) == 1 for ids in tags) else None
+
+
 def served_model(
     llm: LLM,
     *,
@@ -86,6 +97,7 @@ def served_model(
         chat_template=chat_template,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        think_tokens=think_tokens(llm.tokenizer),
         most_chars=(
             llm.tokenizer.most_chars(llm.max_model_len) if llm.tokenizer.has_vocabulary else None
         ),

@@ -5,10 +5,10 @@ tool that must be called. At most one; a second is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sinterlm.engine.structured import KINDS, StructuredOutputs
+from sinterlm.engine.structured import KINDS, Reasoning, StructuredOutputs
 from sinterlm.errors import UsageError
 from sinterlm.serve.errors import ApiError, bad_request
 from sinterlm.serve.protocol.shared import (
@@ -24,6 +24,10 @@ class Constraint:
 
     wanted: StructuredOutputs
     field: str
+
+    def behind(self, reasoning: Reasoning) -> Constraint:
+        """The same, once the model has thought."""
+        return replace(self, wanted=replace(self.wanted, reasoning=reasoning))
 
     def error(self, exc: UsageError) -> ApiError:
         """The engine's objection, in terms of the request."""

@@ -17,6 +17,8 @@ from sinterlm.serve.parsers.calls import HERMES, LLAMA3_JSON, JsonCallParser
 from sinterlm.serve.parsers.think import CLOSING, OPENING, ThinkParser, starts_inside
 
 __all__ = [
+    "CLOSING",
+    "OPENING",
     "REASONING_PARSERS",
     "TOOL_PARSERS",
     "ReasoningDelta",
@@ -24,6 +26,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolDelta",
     "ToolParser",
+    "begins_reasoning",
     "choose_reasoning_parser",
     "choose_tool_parser",
     "reasoning_parser",
@@ -54,10 +57,16 @@ def reasoning_parser(name: str, *, starts_inside: bool | None) -> ReasoningParse
 
     ``starts_inside``: what the function of that name says about the prompt.
     """
-    _check("reasoning_parser", name, REASONING_PARSERS)
+    inside = begins_reasoning(name, starts_inside)
     if name == "qwen3":  # it is known to forget the closing tag before a call
-        return ThinkParser(inside=starts_inside is True, implied=(HERMES.opening,))
-    return ThinkParser(inside=starts_inside is not False)
+        return ThinkParser(inside=inside, implied=(HERMES.opening,))
+    return ThinkParser(inside=inside)
+
+
+def begins_reasoning(name: str, starts_inside: bool | None) -> bool:
+    """Whether an answer is reasoning from its first token on. Arguments of ``reasoning_parser``."""
+    _check("reasoning_parser", name, REASONING_PARSERS)
+    return starts_inside is True if name == "qwen3" else starts_inside is not False
 
 
 def choose_tool_parser(asked: str, chat_template: str | None) -> str | None:
