@@ -5,17 +5,25 @@
 
 using namespace sl;
 
-// First row that is not finite, or -1, in *bad; first row without a token, or -1, in *none.
+// First row that is not finite, or -1, in *bad; first row without a token, or -1, in *none. With
+// `early`, rows that may be are drawn by see().
 API int st_sample(int threads, const float* logits, int64_t stride, int V, const sl_sampling* rows,
                   int num_rows, int max_logprobs, int32_t* tokens, float* logprobs, int32_t* ranks,
-                  int32_t* top_ids, float* top_logprobs, int32_t* bad, int32_t* none, int repeat) {
+                  int32_t* top_ids, float* top_logprobs, int32_t* bad, int32_t* none, int repeat,
+                  int early) {
   Pool pool(threads, nullptr);
   Sampler sampler;
   if (!pool.ok() || !sampler.reserve(threads, V, num_rows)) return 1;
   for (int i = 0; i < repeat; ++i) {
     sampler.begin({rows, num_rows, logits, stride, V, max_logprobs, tokens, logprobs, ranks,
-                   top_ids, top_logprobs});
+                   top_ids, top_logprobs, early != 0});
+    const int spans = (V + kSpan - 1) / kSpan;
     pool.run([&](Worker& w) {
+      w.for_each(num_rows * spans, [&](int item) {
+        const int row = item / spans, first = item % spans * kSpan;
+        if (sampler.is_early(row)) sampler.see(row, first, logits + row * stride + first);
+      });
+      w.barrier();
       sampler.scan(w);
       w.barrier();
       sampler.draw(w);

@@ -42,6 +42,7 @@ class SampleLib:
         threads: int = 1,
         max_logprobs: int = 0,
         repeat: int = 1,
+        early: bool = False,
     ) -> Drawn:
         """Rows are padded with NaN beyond V, which nobody may read."""
         count, vocab = logits.shape
@@ -74,6 +75,7 @@ class SampleLib:
             ctypes.byref(bad),
             ctypes.byref(none),
             repeat,
+            int(early),
         )
         assert status == 0
         out.bad, out.none = bad.value, none.value

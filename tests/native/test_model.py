@@ -150,6 +150,25 @@ class TestSampling:
         assert got.ranks.tolist() == [1, 1, 0] and np.isnan(got.logprobs[2])
         assert got.top_ids[0].tolist() == np.argsort(-logits[0])[:2].tolist()
 
+    @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
+    def test_kept_logits_draw_alike(self, tiny: MakeTiny, dtype: str) -> None:
+        """Without a wish for logits, rows are drawn while they are made."""
+        made = tiny("gqa3-tied-window", dtype)
+        rows = [3, 11, 12, 29]
+        sampling = (
+            RowSampling(num_logprobs=-1), RowSampling(temperature=0.9, seed=3, num_logprobs=-1),
+            RowSampling(temperature=0.9, top_k=5, num_logprobs=-1), RowSampling(num_logprobs=0),
+        )  # fmt: skip
+        with made.open(num_threads=3) as model:
+            kept, early = (
+                model.step(
+                    step_batch((PAGES, 0, IDS[:30]), rows=rows, sampling=sampling, want_logits=want)
+                )
+                for want in (True, False)
+            )
+        assert early.logits is None and kept.tokens.tolist() == early.tokens.tolist()
+        assert kept.logprobs.tobytes() == early.logprobs.tobytes()
+
     def test_slots_remember_the_last_token(self, tiny: MakeTiny) -> None:
         """Token id -1 is what the sequence's slot sampled in the step before."""
         made = tiny("gqa5-bias", "bf16")

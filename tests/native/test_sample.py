@@ -202,6 +202,31 @@ class TestEdges:
         assert got.bad == 2 and got.none == -1
         assert got.tokens[2] == -7 and (got.tokens[[0, 1, 3]] >= 0).all()
 
+    @pytest.mark.parametrize("vocab", [1, 63, 64, 1000, 9001])
+    def test_drawn_early_is_drawn_alike(self, lib: SampleLib, vocab: int) -> None:
+        """Greedy and plain rows may be drawn from logits that are not kept; others wait."""
+        logits = np.round(logits_of(6, 6, vocab) * 2) / 2  # with ties
+        kinds = [RowSampling(), RowSampling(temperature=0.7, seed=5, position=9),
+                 RowSampling(temperature=2.0, seed=1), RowSampling(temperature=1.0, top_p=0.8),
+                 RowSampling(bias={0: -3.0}), RowSampling()]  # fmt: skip
+        rows = [row_of(kind, vocab) for kind in kinds]
+        for row in rows[:5]:
+            row.num_logprobs = -1
+        want = lib.sample(logits, rows, 1, 2)
+        assert (want.tokens >= 0).all()
+        for threads in (1, 3):
+            assert lib.sample(logits, rows, threads, 2, early=True).bytes() == want.bytes()
+
+    def test_damage_is_found_early_too(self, lib: SampleLib) -> None:
+        logits = logits_of(2, 4, 5000)
+        rows = [row_of(RowSampling(temperature=t), 5000) for t in (0, 1, 0, 1)]
+        for row in rows:
+            row.num_logprobs = -1
+        for bad, poison in ((2, np.nan), (1, np.inf), (1, -np.inf), (0, np.nan)):
+            logits[bad, 4999 - bad] = poison
+            got = lib.sample(logits, rows, 3, early=True)
+            assert got.bad == bad and got.none == -1 and got.tokens[3] >= 0
+
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_nothing_allowed(self, lib: SampleLib, temperature: float) -> None:
         rows = [row_of(RowSampling(temperature=temperature, top_p=0.9), 70) for _ in range(3)]

@@ -78,6 +78,7 @@ FIXED = {
         ("num_rows", "s.num_rows"), ("logits", "s.row_buffer<float>(buf::logits)"),
         ("gathered", "s.gathered<{F}, Hp, pitch::gathered>(buf::gathered)"),
         ("eps", "s.head_eps"), ("H", "H"), ("Hp", "Hp"), ("V", "V"), ("Vp", "Vp"),
+        ("sampler", "s.sampler"),
     ),
 }  # fmt: skip
 

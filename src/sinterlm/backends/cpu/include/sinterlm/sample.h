@@ -1,10 +1,13 @@
 // From logits to tokens: greedy or seeded draws, log-probabilities, ranks and the n best.
 //
 // The vocabulary is cut into fixed blocks, merged in block order: nothing depends on the number of
-// workers. Two phases with a barrier between: scan() looks at (row, block) items, draw() finishes
-// rows. A row whose logits are changed or filtered is drawn whole by one worker.
+// workers. A row that is drawn from its logits as they are, greedily or by noise, and tells nothing
+// else of them, is drawn early: see() gets them from the head while they are in cache, and they are
+// never written to memory. Of other rows scan() looks at (row, block) items; a row whose logits are
+// changed or filtered is drawn whole by one worker. draw() finishes rows. A barrier between phases.
 #pragma once
 #include <atomic>
+#include <vector>
 
 #include "sinterlm/arena.h"
 #include "sinterlm/sample_filter.h"
@@ -13,6 +16,7 @@
 namespace sl {
 
 constexpr int kVocabBlock = 4096;
+constexpr int kSpan = 64;  // ids drawn from at a time
 
 struct SampleJob {
   const sl_sampling* rows;  // [num_rows]
@@ -21,11 +25,12 @@ struct SampleJob {
   int64_t stride;
   int V;
   int max_logprobs;
-  int32_t* tokens;      // [num_rows]
-  float* logprobs;      // [num_rows], or null; NaN where none was asked for
-  int32_t* ranks;       // [num_rows], or null; 0 where none was asked for
-  int32_t* top_ids;     // [num_rows][max_logprobs], or null; -1 beyond what was asked for
-  float* top_logprobs;  // [num_rows][max_logprobs], or null; NaN beyond what was asked for
+  int32_t* tokens;           // [num_rows]
+  float* logprobs;           // [num_rows], or null; NaN where none was asked for
+  int32_t* ranks;            // [num_rows], or null; 0 where none was asked for
+  int32_t* top_ids;          // [num_rows][max_logprobs], or null; -1 beyond what was asked for
+  float* top_logprobs;       // [num_rows][max_logprobs], or null; NaN beyond what was asked for
+  bool draws_early = false;  // see() is called with the logits of every row that is_early()
 };
 
 // What scan() leaves of one block of one row.
@@ -40,7 +45,6 @@ struct BlockStats {
 // Largest of z + noise over n ids first, first + 1, ...; ties go to the lower id.
 inline Candidate draw_range(const float* z, int n, int first, float temperature,
                             const GumbelNoise& noise) {
-  constexpr int kSpan = 256;
   alignas(64) float score[kSpan];
   Candidate best{-INFINITY, -1};
   for (int at = 0; at < n; at += kSpan) {
@@ -56,7 +60,6 @@ inline Candidate draw_range(const float* z, int n, int first, float temperature,
 
 // Largest of z + noise over a list in any order; ties go to the lower id.
 inline Candidate draw_list(const Candidate* picks, int n, const GumbelNoise& noise) {
-  constexpr int kSpan = 256;
   alignas(64) float score[kSpan];
   Candidate best{-INFINITY, -1};
   for (int at = 0; at < n; at += kSpan) {
@@ -77,12 +80,16 @@ class Sampler {
   bool reserve(int workers, int V, int max_rows) {
     V_ = V;
     blocks_ = (V + kVocabBlock - 1) / kVocabBlock;
+    spans_ = (V + kSpan - 1) / kSpan;
+    early_.resize(max_rows);
+    scanned_.reserve(max_rows);
     const size_t per_token = sizeof(float) + sizeof(uint32_t) + sizeof(Candidate);
     const size_t row = per_token * ((V + 63) / 64 * 64) + sizeof(double) * kMassBuckets;
     stride_ = (row + 4095) / 4096 * 4096;
     stats_arena_ = Arena::zeroed(sizeof(BlockStats) * blocks_ * max_rows);
     rows_arena_ = Arena::zeroed(stride_ * workers);
-    return stats_arena_ && rows_arena_;
+    spans_arena_ = Arena::zeroed(sizeof(Candidate) * spans_ * max_rows);
+    return stats_arena_ && rows_arena_ && spans_arena_;
   }
 
   // Before the workers start.
@@ -90,12 +97,39 @@ class Sampler {
     job_ = job;
     not_finite_.store(job.num_rows, std::memory_order_relaxed);
     none_allowed_.store(job.num_rows, std::memory_order_relaxed);
+    scanned_.clear();
+    for (int row = 0; row < job.num_rows; ++row) {
+      const sl_sampling& s = job.rows[row];
+      early_[row] = job.draws_early && s.num_logprobs < 0 && !drawn_whole(s);
+      if (!early_[row]) scanned_.push_back(row);
+    }
+  }
+
+  // Whether see() draws the row, so that its logits need not be kept.
+  bool is_early(int row) const { return early_[row]; }
+
+  // Logits of ids [first, first + kSpan) of an early row; `first` is a multiple of kSpan.
+  void see(int row, int first, const float* x) {
+    const int n = std::min(kSpan, V_ - first);
+    if (n <= 0) return;  // columns of padding
+    const sl_sampling& s = job_.rows[row];
+    bool finite;
+    const float top = max_finite(x, n, &finite);
+    Candidate& best = spans(row)[first / kSpan];
+    if (!finite) {
+      best = {-INFINITY, kNotFinite};
+    } else if (s.temperature > 0) {
+      best = draw_range(x, n, first, s.temperature, GumbelNoise(s.seed, s.position));
+    } else {
+      best = {top, first + find_first(x, n, top)};
+    }
   }
 
   // Phase 1. A barrier before (the logits are complete) and after.
   void scan(Worker& w) {
-    w.for_each(job_.num_rows * blocks_, [&](int item) {
-      const int row = item / blocks_, block = item % blocks_, first = block * kVocabBlock;
+    w.for_each(static_cast<int>(scanned_.size()) * blocks_, [&](int item) {
+      const int row = scanned_[item / blocks_];
+      const int block = item % blocks_, first = block * kVocabBlock;
       const int n = std::min(kVocabBlock, V_ - first);
       const sl_sampling& s = job_.rows[row];
       const float* x = logits(row) + first;
@@ -120,12 +154,8 @@ class Sampler {
   // Phase 2.
   void draw(Worker& w) {
     w.for_each(job_.num_rows, [&](int row) {
-      const BlockStats* b = stats(row);
-      Candidate best{-INFINITY, -1};
-      for (int i = 0; i < blocks_; ++i) {
-        if (!b[i].finite) return note(not_finite_, row);
-        if (b[i].best > best.z) best = {b[i].best, b[i].best_id};
-      }
+      Candidate best = is_early(row) ? best_of_spans(row) : best_of_blocks(row);
+      if (best.id == kNotFinite) return note(not_finite_, row);
       if (drawn_whole(job_.rows[row])) best.id = draw_whole(w.id, row);
       if (best.id < 0) return note(none_allowed_, row);
       job_.tokens[row] = best.id;
@@ -138,8 +168,29 @@ class Sampler {
   int first_without_token() const { return row_or_none(none_allowed_); }
 
  private:
+  static constexpr int32_t kNotFinite = -2;
+
   bool drawn_whole(const sl_sampling& s) const {
     return changes_logits(s) || (s.temperature > 0 && filters(s, V_));
+  }
+
+  Candidate best_of_spans(int row) const {
+    Candidate best{-INFINITY, -1};
+    const Candidate* c = spans(row);
+    for (int i = 0; i < spans_; ++i) {
+      if (c[i].id == kNotFinite) return c[i];
+      if (c[i].z > best.z) best = c[i];
+    }
+    return best;
+  }
+  Candidate best_of_blocks(int row) const {
+    Candidate best{-INFINITY, -1};
+    const BlockStats* b = stats(row);
+    for (int i = 0; i < blocks_; ++i) {
+      if (!b[i].finite) return {-INFINITY, kNotFinite};
+      if (b[i].best > best.z) best = {b[i].best, b[i].best_id};
+    }
+    return best;
   }
 
   // The token of a row with changed or filtered logits; -1 when none is allowed.
@@ -166,9 +217,9 @@ class Sampler {
   // Log-probabilities are of the raw logits, whatever the row was drawn from.
   void report(int worker, int row, int32_t token) {
     const int asked = job_.rows[row].num_logprobs, width = job_.max_logprobs;
-    const float* x = logits(row);
+    const float* x = logits(row);  // of an early row nobody asks, and there are none
     const double norm = asked >= 0 ? log_normaliser(row) : NAN;
-    if (job_.logprobs) job_.logprobs[row] = static_cast<float>(x[token] - norm);
+    if (job_.logprobs) job_.logprobs[row] = asked >= 0 ? static_cast<float>(x[token] - norm) : NAN;
     if (job_.ranks) job_.ranks[row] = asked >= 0 ? 1 + count_greater(x, V_, x[token]) : 0;
     if (width == 0) return;
     const int k = std::max(0, std::min(asked, V_));
@@ -205,6 +256,9 @@ class Sampler {
   BlockStats* stats(int row) const {
     return static_cast<BlockStats*>(stats_arena_.data()) + int64_t(row) * blocks_;
   }
+  Candidate* spans(int row) const {
+    return static_cast<Candidate*>(spans_arena_.data()) + int64_t(row) * spans_;
+  }
   RowScratch scratch(int worker) const {
     char* p = static_cast<char*>(rows_arena_.data()) + stride_ * worker;
     const int64_t n = (V_ + 63) / 64 * 64;
@@ -213,9 +267,11 @@ class Sampler {
   }
 
   SampleJob job_{};
-  int V_ = 0, blocks_ = 0;
+  int V_ = 0, blocks_ = 0, spans_ = 0;
   size_t stride_ = 0;  // bytes of one worker's RowScratch
-  Arena stats_arena_, rows_arena_;
+  Arena stats_arena_, rows_arena_, spans_arena_;
+  std::vector<uint8_t> early_;  // [num_rows]
+  std::vector<int> scanned_;    // the other rows
   std::atomic<int> not_finite_{0}, none_allowed_{0};
 };
 

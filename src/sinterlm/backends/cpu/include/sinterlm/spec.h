@@ -44,6 +44,7 @@ struct Run {
   int64_t parts_floats;
   const int32_t* rows;  // [num_rows] token indices whose logits are wanted
   int num_rows;
+  Sampler* sampler;     // draws rows while their logits are made, or null
   float head_eps;       // eps, or 0 where rows come in normalised
   OpCounter* counters;  // [num_ops]
   int64_t* clock;       // when the op that runs now began

@@ -1,6 +1,6 @@
 // sl_step and sl_head: one parallel region from token ids to tokens, or to those of several steps.
 #pragma once
-#include "sinterlm/matmul.h"
+#include "sinterlm/head.h"
 #include "sinterlm/step_check.h"
 
 namespace sl {
@@ -84,7 +84,8 @@ inline SampleJob sample_job(Model& m, const sl_step_args& a, int step) {
           from(a.out_logprobs, at),
           from(a.out_ranks, at),
           from(a.out_top_ids, at * a.max_logprobs),
-          from(a.out_top_logprobs, at * a.max_logprobs)};
+          from(a.out_top_logprobs, at * a.max_logprobs),
+          (a.flags & SL_STEP_LOGITS) == 0};
 }
 
 inline bool is_stop(const sl_sampling& s, int32_t token) {
@@ -146,7 +147,10 @@ sl_status step(Model& m, const sl_step_args& a) {
   const bool logits = a.num_sample_rows > 0 && a.flags & SL_STEP_LOGITS;
   run.rows = a.sample_rows;
   run.num_rows = sample || logits ? a.num_sample_rows : 0;
-  if (sample) m.sampler.begin(sample_job(m, a, 0));
+  if (sample) {
+    m.sampler.begin(sample_job(m, a, 0));
+    run.sampler = &m.sampler;
+  }
   int steps = 1;      // begun; written by worker 0 between barriers, as is `more`
   bool more = false;  // whether another step follows
   const bool ran = m.pool->run([&](Worker& w) {
