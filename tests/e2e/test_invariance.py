@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
@@ -22,8 +23,14 @@ from tests.e2e.damage import edit_config
 from tests.e2e.replay import NUM_REQUESTS, Ask, alone, make_asks, make_repetitive_asks, replay
 from tests.e2e.support import MODELS, copy_model
 
-#: One with yarn rope, 7 heads per KV head and biases; one with a window and head_dim 80.
+#: One with yarn rope, 7 heads per KV head and biases; one with a window and head_dim 80. Each as it
+#: is, and with matrices in codes.
 MODELS_REPLAYED = ("qwen2-yarn-gqa7", "mistral-window")
+CASES_IN_CODES = ("qwen2-yarn-gqa7 int8", "mistral-window int4")
+EVERY_CASE = pytest.mark.parametrize(
+    "model",
+    [*MODELS_REPLAYED, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_IN_CODES)],
+)
 LONGEST = 600  #: tokens of prompt and answer together: attention walks three chunks of 256
 REPLAYS = settings(
     max_examples=40,
@@ -34,7 +41,7 @@ REPLAYS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-References = dict[str, tuple[list[Ask], list[bytes]]]
+References = Callable[[str], tuple[list[Ask], list[bytes]]]
 
 schedules = st.fixed_dictionaries(
     {
@@ -54,9 +61,17 @@ schedules = st.fixed_dictionaries(
 )
 
 
+def _config(model: str) -> dict[str, Any]:
+    return json.loads((MODELS / model.partition(" ")[0] / "config.json").read_text())
+
+
+def _dtypes(model: str) -> dict[str, Any]:
+    return {"dtype": "bf16", "quantization": model.partition(" ")[2] or None}
+
+
 @cache
 def _bytes_per_token(model: str) -> int:
-    config = json.loads((MODELS / model / "config.json").read_text())
+    config = _config(model)
     heads = config["num_hidden_layers"] * config["num_key_value_heads"]
     return heads * config["head_dim"] * 2 * 2  # K and V, bf16
 
@@ -73,8 +88,8 @@ def _open(
     options = {k: v for k, v in schedule.items() if k not in ("arrivals", "spare_pages")}
     kv_bytes = _kv_bytes(model, int(schedule["block_size"]), int(schedule["spare_pages"]))
     return LLM(
-        folders[model], dtype="bf16", cache_dir=cache_dir, max_model_len=LONGEST + 1,
-        kv_cache_memory_bytes=kv_bytes, **options,
+        folders[model], cache_dir=cache_dir, max_model_len=LONGEST + 1,
+        kv_cache_memory_bytes=kv_bytes, **_dtypes(model), **options,
     )  # fmt: skip
 
 
@@ -85,37 +100,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for model in MODELS_REPLAYED:
         out[model] = copy_model(model, tmp_path_factory.mktemp("long"))
         edit_config(max_position_embeddings=1024)(out[model])
-    return out
+    return {**out, **{case: out[case.partition(" ")[0]] for case in CASES_IN_CODES}}
 
 
 @pytest.fixture(scope="module")
 def references(folders: dict[str, Path], cache_dir: Path) -> References:
-    """Per model: the requests, and the bytes of each when it runs alone on one thread."""
-    out = {}
-    for model in MODELS_REPLAYED:
-        config = json.loads((MODELS / model / "config.json").read_text())
-        asks = make_asks(config["vocab_size"], LONGEST, seed=5)
+    """Of a model: the requests, and the bytes of each when it runs alone on one thread."""
+
+    @cache
+    def reference(model: str) -> tuple[list[Ask], list[bytes]]:
+        asks = make_asks(_config(model)["vocab_size"], LONGEST, seed=5)
         with LLM(
-            folders[model], dtype="bf16", cache_dir=cache_dir, num_threads=1,
-            kv_cache_memory_bytes=8 << 20, enable_prefix_caching=False, num_scheduler_steps=1,
+            folders[model], cache_dir=cache_dir, num_threads=1, kv_cache_memory_bytes=8 << 20,
+            enable_prefix_caching=False, num_scheduler_steps=1, **_dtypes(model),
         ) as llm:  # fmt: skip
-            out[model] = asks, alone(llm, asks)
-    return out
+            return asks, alone(llm, asks)
+
+    return reference
 
 
-@pytest.mark.parametrize("model", MODELS_REPLAYED)
+@EVERY_CASE
 def test_alone_twice_is_the_same(
     model: str, references: References, folders: dict[str, Path], cache_dir: Path
 ) -> None:
-    asks, expected = references[model]
-    with LLM(folders[model], dtype="bf16", cache_dir=cache_dir, num_threads=2) as llm:
+    asks, expected = references(model)
+    with LLM(folders[model], cache_dir=cache_dir, num_threads=2, **_dtypes(model)) as llm:
         assert alone(llm, asks) == expected
         assert llm._engine.stats().prefix_cache_hits > 0
         assert alone(llm, asks) == expected, "every prompt found in the cache"
     assert len(set(expected)) == NUM_REQUESTS, "twenty different requests"
 
 
-@pytest.mark.parametrize("model", MODELS_REPLAYED)
+@EVERY_CASE
 @REPLAYS
 @given(schedule=schedules)
 def test_any_schedule_gives_the_bytes_of_running_alone(
@@ -125,7 +141,7 @@ def test_any_schedule_gives_the_bytes_of_running_alone(
     folders: dict[str, Path],
     cache_dir: Path,
 ) -> None:
-    asks, expected = references[model]
+    asks, expected = references(model)
     with _open(model, folders, cache_dir, schedule) as llm:
         got = replay(llm._engine, asks, schedule["arrivals"])  # type: ignore[arg-type]
         stats = llm._engine.stats()
@@ -162,7 +178,7 @@ def test_tiny_pool_preempts(
 ) -> None:
     """The schedules above do reach preemption and recompute."""
     model, preemptions = MODELS_REPLAYED[0], 0
-    asks, expected = references[model]
+    asks, expected = references(model)
     for apart in (1, 2, 3, 5):  # steps between two arrivals
         schedule: dict[str, object] = {
             "max_num_batched_tokens": 64, "max_num_seqs": 20, "block_size": 16, "num_threads": 2,
@@ -190,7 +206,7 @@ def test_unrolled_k_is_noticed(
 ) -> None:
     """A second accumulator at one row is all it takes: the comparison above must see it."""
     model = MODELS_REPLAYED[0]
-    asks, sound = references[model]
+    asks, sound = references(model)
     schedule: dict[str, object] = {
         "max_num_batched_tokens": 512, "max_num_seqs": 20, "block_size": 64, "num_threads": 1,
         "spare_pages": 100,
