@@ -180,6 +180,15 @@ class OpLib:
         self.lib = ctypes.CDLL(str(path))
         self.lib.ot_isa.restype = ctypes.c_char_p
 
+    def cut(self, cols: int, rows: int, unit: int, granule: int, workers: int) -> np.ndarray:
+        """The items of a GEMM, [items, 4] as (c0, c1, r0, r1) in the order they are claimed."""
+        blocks = np.zeros((1 << 16, 4), np.int32)
+        items = self.lib.ot_cut(
+            cols, rows, unit, granule, workers, ctypes.c_void_p(blocks.ctypes.data), len(blocks)
+        )
+        assert items <= len(blocks)
+        return blocks[:items]
+
     def residual(
         self,
         a: np.ndarray,

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "sinterlm/attention.h"
+#include "sinterlm/head.h"
 #include "sinterlm/mlp.h"
 #include "sinterlm/norm.h"
 
@@ -73,6 +74,18 @@ Rows<Wide<E>> wide_rows(const void* data, int K) {
 
 #define API extern "C" __attribute__((visibility("default")))
 
+// The items of a GEMM as (c0, c1, r0, r1) in the order they are claimed; returns how many.
+API int ot_cut(int cols, int rows, int unit, int granule, int workers, int32_t* blocks, int room) {
+  const Team team(workers);
+  const Cut cut(cols, rows, unit, granule, team);
+  for (int i = 0; i < std::min(room, cut.items()); ++i) {
+    const Block b = cut[i];
+    const int32_t from[] = {b.c0, b.c1, b.r0, b.r1};
+    std::copy_n(from, 4, blocks + 4 * i);
+  }
+  return cut.items();
+}
+
 API int ot_residual(int is_bf16, int threads, int T, int K, int Hp, const void* a, const void* w,
                     const float* bias, const float* norm, const float* x, float* out_x, void* xw,
                     float* ssq) {
@@ -126,7 +139,8 @@ API int ot_lm_head(int is_bf16, int threads, int R, int H, int Hp, int V, int Vp
                                 H,
                                 Hp,
                                 V,
-                                Vp};
+                                Vp,
+                                nullptr};
     on_workers(threads, [&](Worker& wk) {
       gather_rows(wk, p);
       wk.barrier();

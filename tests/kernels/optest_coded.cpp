@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "sinterlm/attention.h"
+#include "sinterlm/head.h"
 #include "sinterlm/mlp.h"
 #include "sinterlm/norm.h"
 
@@ -155,7 +156,8 @@ API int oc_lm_head(int format, int threads, int T, int R, int H, int Hp, int V, 
     using F = decltype(f);
     OwnRows<F> in(T, Hp), gathered(R, Hp);
     in.fill(xw);
-    const LmHeadArgs<F> p{in.get(), ssq, rows, R, w, logits, gathered.get(), eps, H, Hp, V, Vp};
+    const LmHeadArgs<F> p{in.get(), ssq, rows, R, w,  logits, gathered.get(),
+                          eps,      H,   Hp,   V, Vp, nullptr};
     on_workers(threads, [&](Worker& wk) {
       gather_rows(wk, p);
       wk.barrier();

@@ -107,6 +107,22 @@ def test_rows_do_not_see_each_other_nor_the_workers(lib: CodedLib, number: int) 
 
 
 @EVERY_CODED
+def test_gate_up_does_not_see_the_workers(lib: CodedLib, number: int) -> None:
+    """More workers than groups of activations: a group's columns meet in shared memory."""
+    xw, w = data(50, 136, 100)
+    coded = quantised(w, FORMATS[number])
+    ssq = np.random.default_rng(3).uniform(1, 20, size=(50, 12)).astype("f4")
+    for rows in (1, 13, 50):
+        seen = {
+            lib.gate_up(
+                number, xw[:rows], coded, coded, ssq[:rows], 1e-5, threads=threads
+            ).tobytes()
+            for threads in (1, 3, 16)
+        }
+        assert len(seen) == 1, rows
+
+
+@EVERY_CODED
 def test_extreme_codes_do_not_saturate(lib: CodedLib, number: int) -> None:
     """Largest codes everywhere, of either sign, at a depth beyond one pass."""
     form, k = FORMATS[number], 2304

@@ -54,7 +54,7 @@ def test_rows_do_not_see_each_other_nor_the_workers(ops: OpLib, bf16: bool) -> N
         [ops.residual(a[i : i + 1], w, None, norm, x[:1], bf16=bf16)[0] for i in range(130)]
     )
     for rows in [*range(1, 14), 47, 96, 97, 128, 130]:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 3, 7, 16):
             out, _, _ = ops.residual(a[:rows], w, None, norm, x[:rows], bf16=bf16, threads=threads)
             assert out.tobytes() == alone[:rows].tobytes(), (rows, threads)
 

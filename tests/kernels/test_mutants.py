@@ -15,6 +15,7 @@ from tests.kernels import coded as codedlib
 from tests.kernels import oplib
 from tests.kernels import test_attention as attention
 from tests.kernels import test_coded as coded
+from tests.kernels import test_cut as cut
 from tests.kernels import test_matmul as matmul
 from tests.kernels.coded import CodedLib
 from tests.kernels.oplib import OpLib
@@ -61,7 +62,9 @@ MUTANTS = [
     Mutant("dropped bias", "matmul.h", "if (p.bias) v = add(v", "if (0) v = add(v", _residual),
     Mutant("residual left out", "matmul.h",
            "add(v, load(p.x + int64_t(t) * p.Hp + i))", "v", _residual),
-    Mutant("norm of the neighbour", "matmul.h", "rstd[r] = row_rstd(p.ssq, p.rows[r]",
+    Mutant("finished before the last slice", "cut.h", "+ 1 < granule_ / slice_", "+ 1 < 2",
+           lambda ops: cut.test_sharing_a_head_changes_no_bit(ops, True, 16)),
+    Mutant("norm of the neighbour", "head.h", "rstd[r] = row_rstd(p.ssq, p.rows[r]",
            "rstd[r] = row_rstd(p.ssq, r", _lm_head),
     Mutant("gate and up swapped", "mlp.h", "mul(silu(g), u)", "mul(silu(u), g)", _gate_up),
     Mutant("rope pair swapped", "qkv.h", "v[i] * cos[i] - v[i + half]",

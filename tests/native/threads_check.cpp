@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "sinterlm/cut.h"
+#include "sinterlm/numa.h"
 #include "sinterlm/sample.h"
 #include "sinterlm/threads.h"
 
@@ -141,6 +143,47 @@ void check_sampler(Pool& pool) {
   }
 }
 
+// Granules that several workers compute are finished once, by one that sees every sum.
+void check_cut(Pool& pool) {
+  constexpr int kCols = 192, kRows = 50, kGranule = 64;
+  std::vector<float> out(kCols * kRows);
+  for (int round = 1; round <= 20; ++round) {
+    std::atomic<int> finished{0};
+    pool.run([&](Worker& w) {
+      const Cut cut(kCols, kRows, kGranule, kGranule, *w.team);
+      const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
+        for (int i = 0; i < n; ++i)
+          for (int j = c0; j < c1; ++j)
+            c[i * ld + j - c0] = static_cast<float>((r + i) * j + round);
+      };
+      in_blocks(w, cut, kGranule, compute, [&](int r, int c0, int c1, const float* c) {
+        for (int j = c0; j < c1; ++j) out[r * kCols + j] = c[j - c0];
+        finished += c1 - c0;
+      });
+    });
+    CHECK(finished == kCols * kRows);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kCols; ++j)
+        CHECK(out[i * kCols + j] == static_cast<float>(i * j + round));
+  }
+}
+
+// On any machine: a policy that names node 0 alone, where the system lets us set one.
+void check_numa(Pool& pool) {
+  CHECK(Nodes::of(pool).count() >= 1);
+  CHECK(Nodes::allowed().count() >= 1);
+  Nodes first;
+  first.add(0);
+  first.add(Nodes::kMost);  // no such node
+  CHECK(first.count() == 1);
+  const Arena arena = Arena::zeroed(8 << 20);
+  if (!first.interleave(arena.data(), 8 << 20)) return;
+  int policy = -1;
+  constexpr int kOfAddress = 2, kInterleave = 3;
+  CHECK(syscall(SYS_get_mempolicy, &policy, nullptr, 0, arena.data(), kOfAddress) == 0);
+  CHECK(policy == kInterleave);
+}
+
 }  // namespace
 
 int main() {
@@ -153,6 +196,8 @@ int main() {
     check_scratch(pool);
     check_float_state(pool);
     check_sampler(pool);
+    check_cut(pool);
+    check_numa(pool);
     CHECK(count_workers() == threads - 1);
   }
   CHECK(count_workers() == 0);

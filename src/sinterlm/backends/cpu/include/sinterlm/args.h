@@ -11,6 +11,8 @@
 
 namespace sl {
 
+constexpr int kLanes = 16;  // columns of a vector, at every ISA level
+
 struct bf16 {
   uint16_t bits;
 };
@@ -124,6 +126,8 @@ struct GateUpArgs {
   int H, Hp, Fp;  // Fp a multiple of 64
 };
 
+class Sampler;
+
 template <class F>
 struct LmHeadArgs {
   Rows<F> xw;           // [T][Hp]
@@ -131,10 +135,11 @@ struct LmHeadArgs {
   const int32_t* rows;  // [R] token index of each row
   int num_rows;
   const typename F::Weight* weight;  // panels [Vp/64]...
-  float* logits;                     // [R][Vp]; columns >= V are not to be read
+  float* logits;                     // [R][Vp] of rows kept; columns >= V are not to be read
   Rows<F> gathered;                  // [R][Hp] scratch for the rows' operands
   float eps;
   int H, Hp, V, Vp;
+  Sampler* sampler;  // draws rows whose logits are not kept, or null
 };
 
 }  // namespace sl

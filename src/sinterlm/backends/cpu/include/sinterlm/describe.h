@@ -31,8 +31,8 @@ inline std::string describe(const ModelSpec& s, const Model* m) {
          s.num_layers, s.H, s.Hq, s.Hkv, s.D, s.F, s.V);
   append(out, ", \"probe_bytes\": %lld", (long long)probe_bytes());
   if (m) {
-    append(out, ", \"num_threads\": %d, \"huge_pages\": %s", m->pool->count(),
-           m->args.flags & SL_OPEN_HUGE_PAGES ? "true" : "false");
+    append(out, ", \"num_threads\": %d, \"numa_nodes\": %d, \"huge_pages\": %s", m->pool->count(),
+           m->nodes.count(), m->args.flags & SL_OPEN_HUGE_PAGES ? "true" : "false");
   }
   out += ", \"ops\": [";
   for (int i = 0; i < s.num_ops; ++i) {

@@ -16,7 +16,7 @@ inline sl_status kv_alloc(Model& m, const sl_kv_args& a, int element_bytes, sl_k
   if (__builtin_mul_overflow(page_stride * element_bytes, int64_t{a.num_pages}, &layer_bytes) ||
       __builtin_mul_overflow(layer_bytes, int64_t{spec.num_layers}, &bytes))
     return fail(SL_INVALID, "num_pages is %d: too many to address", a.num_pages);
-  KvBlock block{Arena::zeroed(bytes), std::vector<void*>(spec.num_layers)};
+  KvBlock block{m.shared_arena(bytes), std::vector<void*>(spec.num_layers)};
   if (!block.arena)
     return fail(SL_NO_MEMORY, "no memory for %lld bytes of KV pages", (long long)bytes);
   for (int i = 0; i < spec.num_layers; ++i)

@@ -6,7 +6,6 @@
 // call: columns outside, row blocks inside, K blocks small enough to stay in L2.
 #pragma once
 #include "sinterlm/tile_coded.h"
-#include "sinterlm/tile_wide.h"
 
 namespace sl {
 
@@ -31,40 +30,6 @@ inline void columns(int rows, const char* a, int64_t pitch, const typename F::We
   }
 }
 
-// Columns and rows of one item.
-struct Block {
-  int c0, c1, r0, r1;
-};
-
-// How one GEMM is cut into items: whole units of columns (a panel, a head) as long as every worker
-// gets one, then what is left over in slices of `slice` columns, so that the last round is even
-// too. Whole panels stream from memory at full speed; slices do not. Row blocks are innermost.
-class Cut {
- public:
-  Cut(int cols, int rows, int unit, int slice, int workers)
-      : cols_(cols), rows_(rows), unit_(unit), slice_(slice) {
-    const int units = (cols + unit - 1) / unit;
-    whole_ = unit == slice ? units : units / workers * workers;
-    if (whole_ * unit > cols) --whole_;  // a last unit that is not whole is cut
-    across_ = whole_ + (cols - whole_ * unit + slice - 1) / slice;
-    height_ = rows;
-    while (across_ * ((rows + height_ - 1) / height_) < 4 * workers && height_ > kRowBlock / 2)
-      height_ = (height_ + 1) / 2;
-    down_ = (rows + height_ - 1) / height_;
-  }
-  int items() const { return across_ * down_; }
-  Block operator[](int item) const {
-    const int across = item / down_, r0 = item % down_ * height_;
-    const int r1 = std::min(rows_, r0 + height_);
-    if (across < whole_) return {across * unit_, (across + 1) * unit_, r0, r1};
-    const int c0 = whole_ * unit_ + (across - whole_) * slice_;
-    return {c0, std::min(cols_, c0 + slice_), r0, r1};
-  }
-
- private:
-  int cols_, rows_, unit_, slice_, whole_, across_, height_, down_;
-};
-
 // 1 / sqrt(mean(x^2) + eps) of row t from the sums its producer left, in one order.
 inline float row_rstd(const float* ssq, int t, int Hp, int H, float eps) {
   const int n = Hp / kLanes;
@@ -82,21 +47,16 @@ inline void* panel_scratch(const Worker& w) {
   return static_cast<char*>(w.scratch) + kScratchBytes - kPieceBytes;
 }
 
-// Runs fn(row, c0, c1, c) for each row of the items this worker claims; c holds that row's sums of
-// columns [c0, c1), multiples of `slice`, until fn returns.
-template <class F, class Fn>
+// Runs finish(row, c0, c1, c) for each row of the items this worker claims; c holds that row's sums
+// of columns [c0, c1), whole granules, until finish returns.
+template <class F, class Finish>
 inline void matmul(Worker& w, const Rows<F>& a, int rows, const typename F::Weight* weight, int K,
-                   int N, int slice, Fn&& fn) {
-  const Cut cut(N, rows, kPanelCols, slice, w.count);
-  float* c = static_cast<float*>(w.scratch);
-  w.for_each(cut.items(), [&](int item) {
-    const Block b = cut[item];
-    for (int r = b.r0; r < b.r1; r += kRowBlock) {
-      const int n = std::min(kRowBlock, b.r1 - r);
-      columns<F>(n, a.row(r), a.pitch, weight, K, b.c0, b.c1, c, kPanelCols, panel_scratch(w));
-      for (int i = 0; i < n; ++i) fn(r + i, b.c0, b.c1, c + i * kPanelCols);
-    }
-  });
+                   int N, int granule, Finish&& finish) {
+  const Cut cut(N, rows, kPanelCols, granule, *w.team);
+  const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
+    columns<F>(n, a.row(r), a.pitch, weight, K, c0, c1, c, ld, panel_scratch(w));
+  };
+  in_blocks(w, cut, kPanelCols, compute, finish);
 }
 
 // x and the by-products of it that the next norm needs, for the next F::kUnit columns from n of row
@@ -127,27 +87,6 @@ void residual_matmul(Worker& w, const ResidualArgs<F, Next>& p) {
       });
   };
   matmul<F>(w, p.a, p.batch->num_tokens, p.weight, p.K, p.Hp, Next::kUnit, finish);
-}
-
-// The operands of the rows to be sampled, side by side (a phase of its own).
-template <class F>
-void gather_rows(Worker& w, const LmHeadArgs<F>& p) {
-  w.for_each_static(p.num_rows, [&](int r) {
-    std::memcpy(p.gathered.row(r), p.xw.row(p.rows[r]), F::row_bytes(p.Hp));
-  });
-}
-
-// logits = (gathered W^T) * rstd; columns of padding are written too and never read.
-template <class F>
-void lm_head(Worker& w, const LmHeadArgs<F>& p) {
-  float* rstd = static_cast<float*>(w.scratch) + kRowBlock * kPanelCols;
-  for (int r = 0; r < p.num_rows; ++r) rstd[r] = row_rstd(p.ssq, p.rows[r], p.Hp, p.H, p.eps);
-  matmul<F>(w, p.gathered, p.num_rows, p.weight, p.Hp, p.Vp, kLanes,
-            [&](int r, int c0, int c1, const float* c) {
-              float* out = p.logits + int64_t(r) * p.Vp;
-              const Vec scale = set1(rstd[r]);
-              for (int n = c0; n < c1; n += kLanes) store(out + n, mul(load(c + n - c0), scale));
-            });
 }
 
 }  // namespace sl

@@ -12,6 +12,7 @@
 #include "sinterlm/attention.h"
 #include "sinterlm/cpu_check.h"
 #include "sinterlm/error.h"
+#include "sinterlm/numa.h"
 #include "sinterlm/sample.h"
 #include "sinterlm/spec.h"
 
@@ -27,6 +28,7 @@ struct Model {
   const ModelSpec* spec = nullptr;
   sl_open_args args{};  // pointers in here are not to be followed after sl_open
   std::unique_ptr<Pool> pool;
+  Nodes nodes;  // of the workers
   Arena weights_arena, rope_arena, token_arena, row_arena, parts_arena;
   int64_t parts_floats = 0;
   const char* weights = nullptr;
@@ -43,6 +45,13 @@ struct Model {
   std::vector<int32_t> identity;      // [max_sample_rows] 0, 1, 2, ...
   std::vector<sl_sampling> sampling;  // [max_sample_rows]
   std::vector<int32_t> slots;         // [num_slots] last sampled token, -1 = none yet
+
+  // An arena of `bytes` that all workers read, on all their nodes.
+  Arena shared_arena(size_t bytes) const {
+    Arena arena = Arena::zeroed(bytes);
+    if (arena && nodes.count() > 1) nodes.interleave(arena.data(), bytes);
+    return arena;
+  }
 
   const float* cos() const { return static_cast<const float*>(rope_arena.data()); }
   const float* sin() const { return cos() + int64_t(args.max_model_len) * (spec->D / 2); }
@@ -148,7 +157,7 @@ inline sl_status load_weights(Model& m, const sl_open_args& a) {
     return fail(SL_IO, "weights %s hold %lld bytes and must hold %lld", a.weights_path,
                 (long long)info.st_size, (long long)bytes);
   const bool copy = a.flags & SL_OPEN_HUGE_PAGES;
-  m.weights_arena = copy ? Arena::zeroed(bytes) : Arena::file(file.fd, bytes);
+  m.weights_arena = copy ? m.shared_arena(bytes) : Arena::file(file.fd, bytes);
   if (!m.weights_arena)
     return fail(SL_NO_MEMORY, "no memory for %lld bytes of weights", (long long)bytes);
   m.weights = static_cast<const char*>(m.weights_arena.data());
@@ -229,7 +238,10 @@ inline sl_status make_buffers(Model& m, const sl_open_args& a) {
 
 inline sl_status make_pool(Model& m, const sl_open_args& a) {
   m.pool = std::make_unique<Pool>(a.num_threads, a.cpu_ids);
-  if (m.pool->ok()) return SL_OK;
+  if (m.pool->ok()) {
+    m.nodes = a.cpu_ids ? Nodes::of(*m.pool) : Nodes::allowed();
+    return SL_OK;
+  }
   if (m.pool->refused_cpu() >= 0)
     return fail(SL_INVALID, "cpu_ids names CPU %d, where this process may not run",
                 m.pool->refused_cpu());

@@ -98,16 +98,12 @@ template <class E, int D, class F>
 void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
-  const Cut cut(heads * D, rows, D, D, w.count);
-  float* c = static_cast<float*>(w.scratch);
-  w.for_each(cut.items(), [&](int item) {
-    const auto [c0, c1, r0, r1] = cut[item];
-    for (int r = r0; r < r1; r += kRowBlock) {
-      const int n = std::min(kRowBlock, r1 - r);
-      columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, c0, c1, c, D, panel_scratch(w));
-      for (int i = 0; i < n; ++i)
-        finish_head<E, D>(p, c0 / D, r + i, c + i * D, row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
-    }
+  const Cut cut(heads * D, rows, D, D, *w.team);
+  const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
+    columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, c0, c1, c, ld, panel_scratch(w));
+  };
+  in_blocks(w, cut, D, compute, [&](int t, int c0, int, float* c) {
+    finish_head<E, D>(p, c0 / D, t, c, row_rstd(p.ssq, t, p.Hp, p.H, p.eps));
   });
 }
 

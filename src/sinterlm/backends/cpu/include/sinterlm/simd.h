@@ -28,8 +28,6 @@
 
 namespace sl {
 
-constexpr int kLanes = 16;
-
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // fp32 <-> bf16, round to nearest even; NaN stays NaN.

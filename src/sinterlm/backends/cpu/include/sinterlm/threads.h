@@ -28,6 +28,9 @@
 namespace sl {
 
 constexpr size_t kScratchBytes = kHugePage;  // per worker
+// Of the memory that workers share, per worker: a head of 128 columns of 128 rows.
+constexpr int64_t kSharedSums = 128 * 128;
+constexpr int kSharedCounts = 64;
 
 inline void cpu_relax() {
 #if defined(__x86_64__)
@@ -134,7 +137,8 @@ class Gate {
 
 // What the workers of one pool share; each counter on a line of its own.
 struct Team {
-  explicit Team(int n) : count(n) {}
+  explicit Team(int n)
+      : count(n), shared(Arena::zeroed((kSharedSums * sizeof(float) + kSharedCounts * 4) * n)) {}
 
   void barrier() {
     if (count == 1) {
@@ -151,7 +155,17 @@ struct Team {
     }
   }
 
+  // Sums of outputs that several workers compute (cut.h), and how many brought theirs; the counts
+  // are zero between ops.
+  float* sums() const { return static_cast<float*>(shared.data()); }
+  int64_t num_sums() const { return kSharedSums * count; }
+  std::atomic<int>& brought(int i) {
+    return reinterpret_cast<std::atomic<int>*>(sums() + num_sums())[i];
+  }
+  int num_brought() const { return kSharedCounts * count; }
+
   const int count;
+  Arena shared;
   int64_t spin_ns = 0;
   Gate done;                                // barriers passed
   alignas(64) std::atomic<int> arrived{0};  // workers waiting at this barrier
@@ -196,7 +210,7 @@ class Pool {
         seats_(threads),
         pid_(getpid()) {
     team_.spin_ns = spin_time(threads);
-    ok_ = static_cast<bool>(scratch_);
+    ok_ = scratch_ && team_.shared;
     if (cpu_ids_[0] >= 0 && !PinnedCaller(cpu_ids_[0]).on_cpu()) refuse(cpu_ids_[0]);
     for (int i = 0; i < threads; ++i) seats_[i] = {this, i};
     threads_.reserve(threads);

@@ -2,12 +2,10 @@
 #pragma once
 #include <algorithm>
 
+#include "sinterlm/cut.h"
 #include "sinterlm/formats.h"
-#include "sinterlm/threads.h"
 
 namespace sl {
-
-constexpr int kRowBlock = 96;  // rows per pass over a panel: their operands stay in L2
 
 // c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
 // col_step per 16 columns (elements), so that weights, K pages and V pages are all panels.
