@@ -109,6 +109,13 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
         raise UsageError(f"--target {options.target!r} is not supported; supported: cpu")
     if options.dtype not in ("auto", "bf16", "fp32"):
         raise UsageError(f"--dtype {options.dtype!r} is not supported; supported: auto, bf16, fp32")
+    if options.kv_cache_dtype not in ("auto", "bf16", "int8"):
+        raise UsageError(
+            f"--kv-cache-dtype {options.kv_cache_dtype!r} is not supported; supported: auto, bf16, "
+            "int8"
+        )
+    if options.kv_cache_dtype == "bf16" and options.dtype == "fp32":
+        raise UsageError("--kv-cache-dtype bf16 goes with --dtype bf16; give auto or int8")
     if options.load_format not in ("auto", "dummy"):
         raise UsageError(f"--load-format {options.load_format!r}: choose auto or dummy")
     if options.max_model_len is not None and options.max_model_len < 1:
@@ -181,7 +188,8 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
 
     job.progress.stage("build graph")
     model_len(job.options, checkpoint.config)
-    graph = build_graph(checkpoint.config, job.dtype)
+    in_codes = job.options.kv_cache_dtype == "int8"
+    graph = build_graph(checkpoint.config, job.dtype, kv_in_codes=in_codes)
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
     scheme = scheme_of(job.options)
@@ -317,6 +325,7 @@ def write_bundle(
         isa=job.isa,
         dtype=job.dtype,
         quantization=main_format(plan.graph, checkpoint.origin),
+        kv_cache_dtype=plan.graph.kv_dtype,
         model=checkpoint.name,
         code_key=code_key,
         weights_key=weights_key,

@@ -14,6 +14,7 @@ DTypeName = Literal["bf16", "fp32"]
 IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
 QuantizationName = Literal["int8", "int4"]
 ActDTypeName = Literal["int8", "bf16"]
+KvCacheDTypeName = Literal["auto", "bf16", "int8"]
 
 #: Weights along k that may share a scale; 0 = all of an output channel.
 QUANT_GROUPS = (0, 32, 64, 128)
@@ -41,6 +42,8 @@ class CompileOptions:
     quantization: QuantizationName | None = None  #: codes that matrices are stored in; None = dtype
     quant_group: int | None = None  #: one of QUANT_GROUPS; None = 0 for int8, 32 for int4
     act_dtype: ActDTypeName | None = None  #: GEMM operands beside coded weights; None = int8
+    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head.
+    kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights

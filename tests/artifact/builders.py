@@ -92,6 +92,7 @@ def make_manifest(
         isa="generic",
         dtype="bf16",
         quantization=None,
+        kv_cache_dtype="bf16",
         model="tiny",
         code_key=code_key,
         weights_key=weights_key,

@@ -63,6 +63,7 @@ def changed(path: str, value: Any) -> str:
         ("layout_hash", 1.5, "layout_hash is float"),
         ("ops", {}, "ops is dict, not a list"),
         ("dtype", "fp8", "dtype is 'fp8'"),
+        ("kv_cache_dtype", "fp32", "kv_cache_dtype is 'fp32'"),
         ("activation_bytes_per_row", -1, "negative"),
         ("library", None, "library is null"),
         ("library.path", "/etc/passwd", "leads outside"),

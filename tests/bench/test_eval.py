@@ -177,12 +177,21 @@ def test_table(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out, word
 
 
+def test_a_kv_cache_in_codes(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = eval_json(capsys, "--text", text_file, "--dtypes", "fp32+kv8,bf16")
+    coded, narrow = facts["scores"]
+    assert (coded["dtype"], narrow["dtype"]) == ("fp32+kv8", "bf16")
+    assert 0 < coded["divergence"]["kl"] < 1e-2
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("--dtypes", "fp32,int9"), "'int9' is none of"),
         (("--dtypes", "auto"), "'auto' is no dtype"),
         (("--dtypes", "bf16,bfloat16"), "twice"),
+        (("--dtypes", "bf16+kv4"), "'bf16+kv4' is none of"),
+        (("--dtypes", "auto+kv8"), "'auto+kv8' is no dtype"),
         (("--dtypes", ""), "is none of"),
         (("--max-tokens-per-window", "x"), "invalid int"),
         (("--tetx", "f"), "did you mean --text?"),
@@ -206,6 +215,7 @@ def test_bad_words(words: tuple[str, ...], told: str, capsys: pytest.CaptureFixt
         (("--max-tokens-per-window", "1"), "at least 2"),
         (("--max-tokens-per-window", "16", "--stride", "16"), "--stride 16"),
         (("--quantization", "int8"), "int8"),
+        (("--kv-cache-dtype", "int8"), "bf16+kv8"),
     ],
 )
 def test_refused(words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:

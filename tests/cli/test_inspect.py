@@ -31,6 +31,14 @@ def test_checkpoint_is_planned_without_compiling(capsys: pytest.CaptureFixture[s
     assert "machine" not in facts
 
 
+def test_a_kv_cache_in_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = inspect(capsys, "smollm2", "--kv-cache-dtype", "int8")
+    assert facts["kv_cache_dtype"] == "int8"
+    assert facts["memory"]["kv_bytes_per_token"] == 2 * 30 * 3 * (64 + 4)
+    assert cli.main(["inspect", "smollm2", "--kv-cache-dtype", "int8"]) == 0
+    assert "LlamaForCausalLM, bf16, KV cache int8," in capsys.readouterr().out
+
+
 def test_bundle_costs_what_its_checkpoint_does(
     compiled: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,12 +24,17 @@ from tests.e2e.replay import NUM_REQUESTS, Ask, alone, make_asks, make_repetitiv
 from tests.e2e.support import MODELS, copy_model
 
 #: One with yarn rope, 7 heads per KV head and biases; one with a window and head_dim 80. Each as it
-#: is, and with matrices in codes.
+#: is, and with matrices or the KV cache in codes.
 MODELS_REPLAYED = ("qwen2-yarn-gqa7", "mistral-window")
 CASES_IN_CODES = ("qwen2-yarn-gqa7 int8", "mistral-window int4")
+KV_IN_CODES = "mistral-window kv8"
 EVERY_CASE = pytest.mark.parametrize(
     "model",
-    [*MODELS_REPLAYED, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_IN_CODES)],
+    [
+        *MODELS_REPLAYED,
+        KV_IN_CODES,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_IN_CODES),
+    ],
 )
 LONGEST = 600  #: tokens of prompt and answer together: attention walks three chunks of 256
 REPLAYS = settings(
@@ -66,6 +71,8 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def _dtypes(model: str) -> dict[str, Any]:
+    if model == KV_IN_CODES:
+        return {"dtype": "bf16", "kv_cache_dtype": "int8"}
     return {"dtype": "bf16", "quantization": model.partition(" ")[2] or None}
 
 
@@ -73,7 +80,8 @@ def _dtypes(model: str) -> dict[str, Any]:
 def _bytes_per_token(model: str) -> int:
     config = _config(model)
     heads = config["num_hidden_layers"] * config["num_key_value_heads"]
-    return heads * config["head_dim"] * 2 * 2  # K and V, bf16
+    head = config["head_dim"] + 4 if model == KV_IN_CODES else config["head_dim"] * 2
+    return heads * head * 2  # K and V
 
 
 def _kv_bytes(model: str, block_size: int, spare_pages: int) -> int:
@@ -100,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for model in MODELS_REPLAYED:
         out[model] = copy_model(model, tmp_path_factory.mktemp("long"))
         edit_config(max_position_embeddings=1024)(out[model])
-    return {**out, **{case: out[case.partition(" ")[0]] for case in CASES_IN_CODES}}
+    return out | {case: out[case.partition(" ")[0]] for case in (*CASES_IN_CODES, KV_IN_CODES)}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(
 
 #: Nats, mean over the text. Hugging Face's own bf16 stands at 1.2e-3.
 MAX_KL = 2e-4
+#: The same between a KV cache in bf16 and one in int8: 7.4e-4 at AVX2.
+MAX_KV8_KL = 1e-3
 #: A mismatch is excused only where the reference's best two logits are closer than this. The rule
 #: is the 99.9th percentile of what bf16 moves a logit by, and never more than 0.1: the former is
 #: about 0.3 for this model, so the cap decides.
@@ -52,14 +54,21 @@ ANSWERS = [Answer(**answer) for answer in REFERENCE["answers"]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=REFERENCE["max_tokens"])
 
 
-def _open(dtype: str, cache_dir: Path) -> LLM:
+def _open(dtype: str, cache_dir: Path, **options: Any) -> LLM:
     return LLM("smollm2", dtype=dtype, cache_dir=cache_dir, max_model_len=2048,
-               kv_cache_memory_bytes=256 << 20)  # fmt: skip
+               kv_cache_memory_bytes=256 << 20, **options)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bf16(cache_dir: Path) -> Iterator[LLM]:
     with _open("bf16", cache_dir) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def kv8(cache_dir: Path) -> Iterator[LLM]:
+    """bf16 with the KV cache in int8."""
+    with _open("bf16", cache_dir, kv_cache_dtype="int8") as llm:
         yield llm
 
 
@@ -100,8 +109,10 @@ def _first_difference(got: list[int], want: list[int]) -> int | None:
     return next(same, min(len(got), len(want)))
 
 
-def test_planets(bf16: LLM) -> None:
-    out = bf16.chat([{"role": "user", "content": ANSWERS[0].prompt}], GREEDY)[0].outputs[0]
+@pytest.mark.parametrize("name", ["bf16", "kv8"])
+def test_planets(name: str, request: pytest.FixtureRequest) -> None:
+    llm: LLM = request.getfixturevalue(name)
+    out = llm.chat([{"role": "user", "content": ANSWERS[0].prompt}], GREEDY)[0].outputs[0]
     assert out.text.startswith(
         "The planets in order from closest to the sun are: Mercury, Venus, Earth, Mars, Jupiter"
     )
@@ -164,13 +175,15 @@ def test_bf16_answers_are_the_reference(bf16: LLM, capsys: pytest.CaptureFixture
     assert len(lines) <= len(ANSWERS) / 3
 
 
-def test_company_changes_no_bit(bf16: LLM) -> None:
+@pytest.mark.parametrize("name", ["bf16", "kv8"])
+def test_company_changes_no_bit(name: str, request: pytest.FixtureRequest) -> None:
     """Sixteen requests together give the bytes each gives alone, at depths that kernels block."""
     params = SamplingParams(temperature=0.8, seed=11, max_tokens=12, ignore_eos=True, logprobs=4)
     asks = [Ask(answer.prompt_token_ids, params) for answer in ANSWERS[:16]]
     prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
-    together = [fingerprint(out) for out in bf16.generate(prompts, params)]
-    assert together == alone(bf16, asks)
+    llm: LLM = request.getfixturevalue(name)
+    together = [fingerprint(out) for out in llm.generate(prompts, params)]
+    assert together == alone(llm, asks)
 
 
 def test_fp32_logprobs_are_the_references(
@@ -212,6 +225,19 @@ def test_bf16_moves_the_distribution_little(
     assert 0.0 < kl <= MAX_KL
     assert agree >= 0.98
     assert perplexity == pytest.approx(wide_perplexity, rel=5e-3)
+
+
+def test_a_kv_cache_in_codes_moves_it_little_more(
+    bf16: LLM, kv8: LLM, text: dict[str, NDArray[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide, coded = (_log_softmax(llm.forward_logits(text["token_ids"])) for llm in (bf16, kv8))
+    kl = _kl(wide, coded)
+    agree = float((wide.argmax(axis=1) == coded.argmax(axis=1)).mean())
+    with capsys.disabled():
+        print(f"\nKV in int8 over {len(wide)} tokens, from KV in bf16: KL {kl:.2e} nats, "
+              f"same best token {agree:.1%}")  # fmt: skip
+    assert 0.0 < kl <= MAX_KV8_KL
+    assert agree >= 0.98
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sinterlm.artifact.manifest import ModelShape
+from sinterlm.artifact.manifest import ModelShape, kv_token_bytes
 from sinterlm.engine.memory import check_options, plan_kv
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import EngineOptions
@@ -16,12 +16,13 @@ from sinterlm.options import EngineOptions
 GB = 10**9
 #: 2 * 32 layers * 8 heads * 128 * 2 bytes = 131072 bytes per token.
 PER_TOKEN = 131072
+SHAPE = ModelShape("Llama", 128256, 4096, 32, 32, 8, 128, 14336)
 
 
-def manifest(max_model_len: int = 32768, weights: int = 16 * GB, dtype: str = "bf16") -> Any:
+def manifest(max_model_len: int = 32768, weights: int = 16 * GB, kv: str = "bf16") -> Any:
     return SimpleNamespace(
-        shape=ModelShape("Llama", 128256, 4096, 32, 32, 8, 128, 14336),
-        dtype=dtype,
+        shape=SHAPE,
+        kv_bytes_per_token=kv_token_bytes(SHAPE, kv),
         max_model_len=max_model_len,
         weights=SimpleNamespace(nbytes=weights),
         activation_bytes_per_token=100_000,
@@ -41,9 +42,10 @@ def test_taken_from_what_is_free() -> None:
     assert 0.85 * 24 * GB < plan.kv_bytes < 0.95 * 24 * GB
     smaller = plan_kv(manifest(), EngineOptions(), available - GB)
     assert smaller.num_pages < plan.num_pages
-    assert plan_kv(manifest(dtype="fp32"), EngineOptions(), available).page_bytes == (
-        2 * plan.page_bytes
-    )
+    wide, coded = (plan_kv(manifest(kv=k), EngineOptions(), available) for k in ("fp32", "int8"))
+    assert wide.page_bytes == 2 * plan.page_bytes
+    assert coded.page_bytes == 64 * 2 * 32 * 8 * (128 + 4)
+    assert coded.num_pages == pytest.approx(plan.num_pages * 256 / 132, rel=1e-3)
 
 
 def test_explicit_size_is_what_is_taken() -> None:

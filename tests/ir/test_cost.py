@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sinterlm.artifact.manifest import OpCost
 from sinterlm.ir.cost import op_cost, plan_costs
 from sinterlm.passes.pipeline import plan
@@ -31,6 +33,19 @@ def test_qwen2_5_0_5b() -> None:
     # 494,032,768 parameters as published: all in bf16 but 24 * (2 * 896 + 1152) + 896 in fp32.
     vectors = 24 * (2 * 896 + 1152) + 896
     assert sum(c.weight_bytes for c in costs) == 2 * (494_032_768 - vectors) + 4 * vectors
+
+
+def test_codes_of_kv_and_their_scales_are_what_is_read() -> None:
+    graph = replace(plain_graph(QWEN), kv_in_codes=True)
+    costs, wide = plan_costs(plan(graph)), plan_costs(plan(plain_graph(QWEN)))
+    per_token = 2 * 2 * (64 + 4)
+    qkv = replace(wide[1], bytes_per_token=per_token)
+    attention = replace(wide[2], bytes_per_cached_token=per_token)
+    assert costs == tuple(
+        {"norm_qkv_rope_kv": replace(qkv, layer=c.layer),
+         "attention": replace(attention, layer=c.layer)}.get(c.name, c)
+        for c in wide
+    )  # fmt: skip
 
 
 def test_plain_ops_cost_what_their_fusion_costs() -> None:

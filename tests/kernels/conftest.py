@@ -16,9 +16,30 @@ from tests.kernels.oplib import OpLib
 from tests.libraries import BuildLibrary
 
 
+def _op_library(build: BuildLibrary, isa: IsaName, codes: bool = False) -> OpLib:
+    flags = oplib.KV_CODES if codes else ()
+    return OpLib(isa, build(oplib.SOURCE.read_text(), isa, flags), codes)
+
+
 @pytest.fixture(scope="session", params=available_isas())
 def ops(request: pytest.FixtureRequest, build_library: BuildLibrary) -> OpLib:
-    return OpLib(request.param, build_library(oplib.SOURCE.read_text(), request.param))
+    return _op_library(build_library, request.param)
+
+
+@pytest.fixture(scope="session", params=available_isas())
+def kv8_ops(request: pytest.FixtureRequest, build_library: BuildLibrary) -> OpLib:
+    """With KV pages in codes."""
+    return _op_library(build_library, request.param, codes=True)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(isa, codes) for isa in available_isas() for codes in (False, True)],
+    ids=lambda p: p[0] + ("-kv8" if p[1] else ""),
+)
+def kv_ops(request: pytest.FixtureRequest, build_library: BuildLibrary) -> OpLib:
+    """With KV pages of either kind."""
+    return _op_library(build_library, *request.param)
 
 
 SIMDE = Path("/usr/include/simde/x86/avx512.h")

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from sinterlm.ir.reference_codes import code_groups
 from sinterlm.options import IsaName
 
 SOURCE = Path(__file__).with_name("optest.cpp")
+KV_CODES = ("-DKV_CODES=1",)  #: flags of the library whose KV pages hold codes
 LANES, PANEL = 16, 64
 
 
@@ -99,6 +101,7 @@ class PagedStep:
     page_tokens: int
     bf16: bool
     seed: int = 0
+    codes: bool = False  #: pages hold codes
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -108,40 +111,63 @@ class PagedStep:
         self.table = np.full((len(per_seq), max(per_seq) + 1), -(10**6), np.int32)
         for s, n in enumerate(per_seq):
             self.table[s, :n], order = order[:n], order[n:]
-        kind = np.uint16 if self.bf16 else np.float32
-        shape = (total, self.heads, 2 * self.page_tokens * self.dim)
-        nan = to_bits(np.array(np.nan)) if self.bf16 else np.float32(np.nan)
+        kind = np.int8 if self.codes else np.uint16 if self.bf16 else np.float32
+        shape = (total, self.heads, 2 * self.page_tokens * (self.dim + 4 * self.codes))
+        # Codes cannot be NaN, their scales are: all bits set.
+        nan = -1 if self.codes else to_bits(np.array(np.nan)) if self.bf16 else np.float32(np.nan)
         self.pages = aligned(np.full(shape, nan, kind))
+        self.ask(self.queries)
+
+    def ask(self, queries: list[int]) -> PagedStep:
+        """The last ``queries`` tokens of each sequence become those of the step; returns self."""
+        self.queries = queries
         self.query_start = np.cumsum([0, *self.queries]).astype(np.int32)
         self.context_lens = np.array(self.contexts, np.int32)
         pairs = zip(self.contexts, self.queries, strict=True)
         self.positions = np.concatenate([np.arange(c - q, c) for c, q in pairs]).astype(np.int32)
         self.token_seq = np.repeat(np.arange(len(self.queries)), self.queries).astype(np.int32)
         self.token_ids = np.zeros(len(self.positions), np.int32)
+        return self
+
+    @property
+    def pair(self) -> int:
+        """Tokens of a pair of V."""
+        return 2 if self.bf16 and not self.codes else 1
+
+    def slot(self, seq: int, pos: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Where k[heads, D/P, P] and v[heads, D] of a token lie, and its scales[heads, 2]."""
+        page, slot = self.table[seq, pos // self.page_tokens], pos % self.page_tokens
+        halves = self.pages[page].reshape(self.heads, 2, -1)
+        elements = halves[:, :, : self.page_tokens * self.dim]
+        ks = elements[:, 0].reshape(self.heads, -1, self.dim // self.pair, LANES, self.pair)
+        vs = elements[:, 1].reshape(self.heads, -1, self.dim, self.pair)
+        scales = None
+        if self.codes:
+            scales = halves[:, :, self.page_tokens * self.dim :].view(np.float32)[:, :, slot]
+        return (
+            ks[:, slot // LANES, :, slot % LANES, :],
+            vs[:, slot // self.pair, :, slot % self.pair],
+            scales,
+        )
 
     def store(self, seq: int, pos: int, k: np.ndarray, v: np.ndarray) -> None:
         """Write k[heads, D], v[heads, D] as the kernel's layout says (even V clears odd)."""
-        pair = 2 if self.bf16 else 1
-        page, slot = self.table[seq, pos // self.page_tokens], pos % self.page_tokens
-        at = self.pages[page]
-        half = self.page_tokens * self.dim
-        ks = at[:, :half].reshape(self.heads, -1, self.dim // pair, LANES, pair)
-        ks[:, slot // LANES, :, slot % LANES, :] = elems(k, self.bf16).reshape(self.heads, -1, pair)
-        vs = at[:, half:].reshape(self.heads, -1, self.dim, pair)
-        vs[:, slot // pair, :, slot % pair] = elems(v, self.bf16)
-        if pair == 2 and slot % 2 == 0:
-            vs[:, slot // 2, :, 1] = 0
+        ks, vs, scales = self.slot(seq, pos)
+        if scales is not None:
+            (k, scales[:, 0]), (v, scales[:, 1]) = code_groups(k), code_groups(v)
+        else:
+            k, v = elems(k, self.bf16), elems(v, self.bf16)
+        ks[...], vs[...] = k.reshape(ks.shape), v
+        if self.pair == 2 and pos % 2 == 0:
+            self.slot(seq, pos + 1)[1][...] = 0
 
     def load(self, seq: int, pos: int) -> tuple[np.ndarray, np.ndarray]:
         """k[heads, D], v[heads, D] as float32."""
-        pair = 2 if self.bf16 else 1
-        page, slot = self.table[seq, pos // self.page_tokens], pos % self.page_tokens
-        at, half = self.pages[page], self.page_tokens * self.dim
-        ks = at[:, :half].reshape(self.heads, -1, self.dim // pair, LANES, pair)
-        vs = at[:, half:].reshape(self.heads, -1, self.dim, pair)
-        k = np.ascontiguousarray(ks[:, slot // LANES, :, slot % LANES, :])
-        v = np.ascontiguousarray(vs[:, slot // pair, :, slot % pair])
-        return floats(k).reshape(self.heads, self.dim), floats(v)
+        ks, vs, scales = self.slot(seq, pos)
+        k, v = ks.reshape(self.heads, self.dim), np.ascontiguousarray(vs)
+        if scales is None:
+            return floats(k), floats(v)
+        return k * scales[:, :1], v * scales[:, 1:]
 
     def struct(self) -> Step:
         out = Step(num_tokens=len(self.positions), num_seqs=len(self.queries))
@@ -173,10 +199,12 @@ def call(fn: Any, *args: Any) -> None:
 
 
 class OpLib:
-    """The kernels of one ISA level, in the library of ``SOURCE`` at ``path``."""
+    """The kernels of one ISA level, in the library of ``SOURCE`` at ``path``; ``codes``: that of
+    ``KV_CODES``."""
 
-    def __init__(self, isa: IsaName, path: Path) -> None:
+    def __init__(self, isa: IsaName, path: Path, codes: bool = False) -> None:
         self.isa = isa
+        self.codes = codes
         self.lib = ctypes.CDLL(str(path))
         self.lib.ot_isa.restype = ctypes.c_char_p
 

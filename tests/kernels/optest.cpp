@@ -1,4 +1,5 @@
 // One run-time-shape library per ISA level: every kernel behind a C function, for the op tests.
+// KV_CODES: with KV pages in codes.
 #include <vector>
 
 #include "sinterlm/attention.h"
@@ -24,9 +25,17 @@ Batch batch_of(const Step& s) {
           s.context_lens, s.token_seq, s.page_table, s.page_table_stride};
 }
 
+#ifdef KV_CODES
 template <class E>
-Pages<E> pages_of(const Step& s) {
-  return {static_cast<E*>(s.pages), s.page_stride, s.head_stride, s.page_tokens};
+using Cache = code8;
+#else
+template <class E>
+using Cache = E;
+#endif
+
+template <class E>
+Pages<Cache<E>> pages_of(const Step& s) {
+  return {static_cast<Cache<E>*>(s.pages), s.page_stride, s.head_stride, s.page_tokens};
 }
 
 template <class Fn>
@@ -170,24 +179,24 @@ API int ot_qkv(int is_bf16, int threads, const Step* s, int H, int Hp, int Hq, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const QkvArgs<E, Wide<E>> p{&b,
-                                wide_rows<E>(xw, Hp),
-                                ssq,
-                                static_cast<const E*>(w),
-                                bias,
-                                q_norm,
-                                k_norm,
-                                cos,
-                                sin,
-                                static_cast<E*>(q),
-                                pages_of<E>(*s),
-                                eps,
-                                qk_eps,
-                                H,
-                                Hp,
-                                Hq,
-                                Hkv,
-                                Hq * D};
+    const QkvArgs<E, Cache<E>, Wide<E>> p{&b,
+                                          wide_rows<E>(xw, Hp),
+                                          ssq,
+                                          static_cast<const E*>(w),
+                                          bias,
+                                          q_norm,
+                                          k_norm,
+                                          cos,
+                                          sin,
+                                          static_cast<E*>(q),
+                                          pages_of<E>(*s),
+                                          eps,
+                                          qk_eps,
+                                          H,
+                                          Hp,
+                                          Hq,
+                                          Hkv,
+                                          Hq * D};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { norm_qkv_rope_kv<E, decltype(d)::value>(wk, p); });
     });
@@ -200,17 +209,17 @@ API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, i
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const AttentionArgs<E, Wide<E>> p{&b,
-                                      static_cast<const E*>(q),
-                                      wide_rows<E>(y, Hq * D),
-                                      pages_of<E>(*s),
-                                      scale,
-                                      window,
-                                      Hq,
-                                      Hkv,
-                                      Hq * D,
-                                      parts.data(),
-                                      parts_floats};
+    const AttentionArgs<E, Cache<E>, Wide<E>> p{&b,
+                                                static_cast<const E*>(q),
+                                                wide_rows<E>(y, Hq * D),
+                                                pages_of<E>(*s),
+                                                scale,
+                                                window,
+                                                Hq,
+                                                Hkv,
+                                                Hq * D,
+                                                parts.data(),
+                                                parts_floats};
     return with_head_size(D, [&](auto d) {
       on_workers(threads, [&](Worker& wk) { attention<E, decltype(d)::value>(wk, p); });
     });

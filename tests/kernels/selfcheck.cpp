@@ -51,7 +51,8 @@ template <class E>
 void check_attention(int is_bf16, int len, int queries, int window, Lcg& g) {
   constexpr int Hq = 6, Hkv = 2, D = 64, H = 64, page = 32, heads = Hq + 2 * Hkv;
   const int pages = round_up(len, page) / page;
-  std::vector<E> kv(size_t(pages) * Hkv * 2 * page * D);
+  constexpr int head = 2 * page * kv_width<Cache<E>>(D);
+  std::vector<Cache<E>> kv(size_t(pages) * Hkv * head);
   std::vector<int32_t> table(pages), ids(len), pos(len), seq(len);
   for (int i = 0; i < pages; ++i) table[i] = pages - 1 - i;
   for (int i = 0; i < len; ++i) pos[i] = i;
@@ -64,10 +65,9 @@ void check_attention(int is_bf16, int len, int queries, int window, Lcg& g) {
   for (int done = 0; done < len;) {  // a first chunk, then the queries one step at a time
     const int n = done == 0 ? len - queries : 1;
     const int32_t start[2] = {0, n}, context = done + n;
-    const Step s{n,           1,        ids.data(), pos.data() + done,
-                 start,       &context, seq.data(), table.data(),
-                 pages,       page,     kv.data(),  Hkv * 2 * page * D,
-                 2 * page * D};
+    const Step s{
+        n,     1,    ids.data(), pos.data() + done, start, &context, seq.data(), table.data(),
+        pages, page, kv.data(),  Hkv * head,        head};
     std::vector<E> q(size_t(n) * Hq * D), y(q.size());
     ot_qkv(is_bf16, 2, &s, H, H, Hq, Hkv, D, xw.data() + size_t(done) * H, ssq.data(), w.data(),
            bias.data(), norm.data(), norm.data(), cos.data(), sin.data(), 1e-5f, 1e-6f, q.data());

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sinterlm.ir.reference_codes import coded_heads
 from tests.kernels.oplib import OpLib, PagedStep, rounded
 
 
@@ -85,10 +86,17 @@ def fill(step: PagedStep, rng: np.random.Generator) -> list[tuple[np.ndarray, np
     out = []
     for s, length in enumerate(step.contexts):
         k, v = rng.normal(size=(2, length, step.heads, step.dim)).astype("f4")
-        for pos in range(length):
-            step.store(s, pos, k[pos], v[pos])
-        out.append((rounded(k, step.bf16), rounded(v, step.bf16)))
+        out.append(put(step, s, k, v))
     return out
+
+
+def put(step: PagedStep, seq: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Store k, v[len, Hkv, D]; returned as what the pages hold."""
+    for pos in range(len(k)):
+        step.store(seq, pos, k[pos], v[pos])
+    if step.codes:
+        return coded_heads(k), coded_heads(v)
+    return rounded(k, step.bf16), rounded(v, step.bf16)
 
 
 def attend(
@@ -115,62 +123,68 @@ CASES = [
     (5, 1, 64, 64, [130], [400], 0),
     (4, 1, 128, 128, [9, 2], [520, 2], 100),
     (6, 2, 48, 16, [70, 1, 1], [270, 600, 16], 24),
+    (8, 1, 16, 16, [2, 5], [40, 261], 30),
 ]
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_attention(ops: OpLib, case: tuple, bf16: bool) -> None:
+def test_attention(kv_ops: OpLib, case: tuple, bf16: bool) -> None:
     heads, kv_heads, dim, page, queries, contexts, window = case
     rng = np.random.default_rng(1)
-    step = PagedStep(queries, contexts, kv_heads, dim, page, bf16)
+    step = PagedStep(queries, contexts, kv_heads, dim, page, bf16, codes=kv_ops.codes)
     kv = fill(step, rng)
     q = rng.normal(size=(len(step.positions), heads * dim)).astype("f4")
     scale = dim**-0.5
-    y = ops.attention(step, q, heads, scale, window, threads=2)
+    y = kv_ops.attention(step, q, heads, scale, window, threads=2)
     rq = rounded(q, bf16).reshape(len(q), heads, dim).astype("f8")
     want = attend(step, kv, rq, heads, scale, window)
+    if kv_ops.codes and bf16:  # only the output is rounded
+        assert np.all(np.abs(y - want) <= 2.0**-8 * np.abs(want) + 3e-6)
+        return
     # bf16: probabilities and the output are rounded, 2^-9 each, against outputs of size ~1.
     assert np.max(np.abs(y - want)) <= (2.0**-7 if bf16 else 3e-6)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("window", [0, 40])
-def test_decode_equals_prefill_bit_for_bit(ops: OpLib, bf16: bool, window: int) -> None:
+def test_decode_equals_prefill_bit_for_bit(kv_ops: OpLib, bf16: bool, window: int) -> None:
     heads, kv_heads, dim, length = 6, 2, 64, 300
     rng = np.random.default_rng(2)
-    whole = PagedStep([length], [length], kv_heads, dim, 32, bf16)
-    fill(whole, rng)
+    whole = PagedStep([length], [length], kv_heads, dim, 32, bf16, codes=kv_ops.codes)
+    k, v = rng.normal(size=(2, length, kv_heads, dim)).astype("f4")
+    put(whole, 0, k, v)
     q = rng.normal(size=(length, heads * dim)).astype("f4")
-    prefill = ops.attention(whole, q, heads, 0.125, window, threads=2)
+    prefill = kv_ops.attention(whole, q, heads, 0.125, window, threads=2)
     for pos in (0, 1, 2, 15, 16, 31, 63, 255, 256, 257, 299):
-        one = PagedStep([1], [pos + 1], kv_heads, dim, 16, bf16, seed=pos)
-        for p in range(pos + 1):
-            one.store(0, p, *whole.load(0, p))
-        y = ops.attention(one, q[pos : pos + 1], heads, 0.125, window)
+        one = PagedStep([1], [pos + 1], kv_heads, dim, 16, bf16, seed=pos, codes=kv_ops.codes)
+        put(one, 0, k[: pos + 1], v[: pos + 1])
+        y = kv_ops.attention(one, q[pos : pos + 1], heads, 0.125, window)
         assert y.tobytes() == prefill[pos : pos + 1].tobytes(), pos
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("window", [0, 300])
-def test_sharing_chunks_among_workers_changes_no_bit(ops: OpLib, bf16: bool, window: int) -> None:
+def test_sharing_chunks_among_workers_changes_no_bit(
+    kv_ops: OpLib, bf16: bool, window: int
+) -> None:
     """Split over 2, 3 and 7 workers, with room for parts or without, one sequence or three."""
     for queries, contexts in (([1], [1500]), ([5], [700]), ([1, 1, 2], [257, 1030, 90])):
-        step = PagedStep(queries, contexts, 1, 64, 32, bf16)
+        step = PagedStep(queries, contexts, 1, 64, 32, bf16, codes=kv_ops.codes)
         fill(step, np.random.default_rng(3))
         q = np.random.default_rng(4).normal(size=(sum(queries), 3 * 64)).astype("f4")
-        alone = ops.attention(step, q, 3, 0.125, window, threads=1)
+        alone = kv_ops.attention(step, q, 3, 0.125, window, threads=1)
         for threads in (2, 3, 7):
             for room in (0, 1 << 20):
-                shared = ops.attention(
+                shared = kv_ops.attention(
                     step, q, 3, 0.125, window, threads=threads, parts_floats=room
                 )
                 assert shared.tobytes() == alone.tobytes(), (threads, room, contexts)
 
 
-def test_equal_scores_share_equally(ops: OpLib) -> None:
-    step = PagedStep([1], [37], 1, 16, 16, True)
+def test_equal_scores_share_equally(kv_ops: OpLib) -> None:
+    step = PagedStep([1], [37], 1, 16, 16, True, codes=kv_ops.codes)
     for pos in range(37):
         step.store(0, pos, np.zeros((1, 16)), np.full((1, 16), float(pos)))
-    y = ops.attention(step, np.ones((1, 16), "f4"), 1, 0.25)
+    y = kv_ops.attention(step, np.ones((1, 16), "f4"), 1, 0.25)
     assert np.allclose(y, 18.0, rtol=2.0**-7)

@@ -16,6 +16,7 @@ from tests.kernels import oplib
 from tests.kernels import test_attention as attention
 from tests.kernels import test_coded as coded
 from tests.kernels import test_cut as cut
+from tests.kernels import test_kv_codes as kv_codes
 from tests.kernels import test_matmul as matmul
 from tests.kernels.coded import CodedLib
 from tests.kernels.oplib import OpLib
@@ -30,6 +31,7 @@ class Mutant:
     old: str
     new: str
     check: Callable[[OpLib], None]
+    codes: bool = False  #: of the library with KV in codes
 
 
 def _residual(ops: OpLib) -> None:
@@ -50,6 +52,14 @@ def _attention(case: int) -> Callable[[OpLib], None]:
 
 def _odd_slot(ops: OpLib) -> None:
     attention.test_writing_an_even_token_clears_its_odd_neighbour(ops, 33, 1)
+
+
+def _stored_codes(ops: OpLib) -> None:
+    kv_codes.test_pages_hold_the_codes_of_the_twin(ops, True, 16)
+
+
+def _damaged_value(ops: OpLib) -> None:
+    kv_codes.test_damage_is_seen_by_those_who_see_its_token(ops, "V")
 
 
 def _lm_head(ops: OpLib) -> None:
@@ -86,6 +96,15 @@ MUTANTS = [
     Mutant("second K chain at M = 1", "tile_wide.h", "#pragma once",
            "#pragma once\n#define SL_MUTATE_K_UNROLL 1",
            lambda ops: matmul.test_rows_do_not_see_each_other_nor_the_workers(ops, True)),
+    Mutant("K scale of the neighbouring token", "attention.h", "load(key + j)",
+           "load(key + j + (j ? -1 : 1))", _attention(1), codes=True),
+    Mutant("V scale of the neighbouring token", "attention.h", "load(value + j)",
+           "load(value + j + (j ? -1 : 1))", _attention(1), codes=True),
+    Mutant("scale stored for the neighbouring token", "qkv.h", "[index] = group.scale",
+           "[index ^ 1] = group.scale", _stored_codes, codes=True),
+    Mutant("scale of a token that may not be seen", "attention.h",
+           "keep_lanes(mul(p, load(value + j)), see_first, see_last, zero())",
+           "mul(p, load(value + j))", _damaged_value, codes=True),
 ]  # fmt: skip
 
 
@@ -145,7 +164,8 @@ def _build(mutant: Mutant | CodedMutant, source: Path, folder: Path, *flags: str
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_a_broken_kernel_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
-    ops = OpLib(best_isa(), _build(mutant, oplib.SOURCE, tmp_path))
+    flags = oplib.KV_CODES if mutant.codes else ()
+    ops = OpLib(best_isa(), _build(mutant, oplib.SOURCE, tmp_path, *flags), mutant.codes)
     with pytest.raises(AssertionError):
         mutant.check(ops)
 

@@ -11,9 +11,11 @@ import pytest
 from sinterlm.artifact.isa import available_isas
 from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, find_compiler, flags_for
 from sinterlm.options import IsaName
+from tests.kernels.oplib import KV_CODES
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
+PAGES = pytest.mark.parametrize("pages", [(), KV_CODES], ids=["kv-wide", "kv-codes"])
 
 
 def build(command: list[str], isa: IsaName, out: Path, extra: tuple[str, ...] = ()) -> Path:
@@ -33,23 +35,27 @@ def run(command: list[str]) -> bytes:
 
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(isa: IsaName, kind: str, tmp_path: Path) -> None:
+@PAGES
+def test_sanitizers_find_nothing(
+    isa: IsaName, kind: str, pages: tuple[str, ...], tmp_path: Path
+) -> None:
     compiler = list(find_compiler().command)
-    flags = (f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g", "-O1")
+    flags = (f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g", "-O1", *pages)
     checked = build(compiler, isa, tmp_path / "checked", flags)
-    plain = build(compiler, isa, tmp_path / "plain")
+    plain = build(compiler, isa, tmp_path / "plain", pages)
     setarch = [shutil.which("setarch") or "", "-R"] if kind == "thread" else []
     if setarch and not setarch[0]:
         pytest.skip("the thread sanitizer needs `setarch -R` (Debian package util-linux)")
     assert run([*setarch, str(checked)]) == run([str(plain)])
 
 
-def test_aarch64_gives_the_same_bytes_as_x86(tmp_path: Path) -> None:
+@PAGES
+def test_aarch64_gives_the_same_bytes_as_x86(pages: tuple[str, ...], tmp_path: Path) -> None:
     cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not cross or not emulator:
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
-    here = build(list(find_compiler().command), "generic", tmp_path / "here")
-    there = build([cross], "generic", tmp_path / "there", ("-static",))
+    here = build(list(find_compiler().command), "generic", tmp_path / "here", pages)
+    there = build([cross], "generic", tmp_path / "there", ("-static", *pages))
     output = run([str(here)])
     assert len(output) > 100_000
     assert run([emulator, str(there)]) == output

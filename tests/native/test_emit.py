@@ -42,6 +42,13 @@ class TestText:
         assert "using E = float;" in emit(fp32, "avx2")
         assert "using E = bf16;" in emit(made, "avx2") != emit(made, "generic")
 
+    def test_kv_in_codes_is_other_code_for_the_same_weights(self, made: Plan) -> None:
+        graph = plain_graph(CONFIGS["gqa5-bias"], "bf16")
+        coded = plan(dataclasses.replace(graph, kv_in_codes=True))
+        assert "using Kv = code8;" in emit(coded, "avx2")
+        assert "using Kv = E;" in emit(made, "avx2")
+        assert coded.layout == made.layout and coded.memory == made.memory
+
     def test_is_small(self) -> None:
         """64 layers cost 64 rows of offsets, not 64 copies of the calls."""
         text = emit(plan(plain_graph(config(layers=64), "bf16")), "avx512bf16")

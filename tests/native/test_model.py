@@ -81,14 +81,38 @@ class TestAgainstReference:
         assert error < 0.5 * np.sqrt(np.mean((got - exact) ** 2))
         assert np.sqrt(np.mean((got - exact) ** 2)) < 0.1 * np.std(exact)
 
+    @pytest.mark.parametrize(
+        "name,dtype",
+        [
+            ("gqa3-tied-window", "fp32+kv8"), ("odd-everything", "bf16+kv8"),
+            ("gqa5-bias", "int8+kv8"),
+        ],
+    )  # fmt: skip
+    def test_kv_in_codes(self, tiny: MakeTiny, name: str, dtype: str) -> None:
+        """Far closer to the twin that stores codes than to one that stores numbers."""
+        made = tiny(name, dtype)
+        assert made.bundle.manifest.kv_cache_dtype == "int8"
+        with made.open() as model:
+            got = prefill(model, IDS, PAGES, 64)
+        twin = reference_logits(made, IDS, made.graph.dtype)
+        batch = replace(RefBatch.of((0, 0, IDS)), rows=np.arange(len(IDS)))
+        wide = replace(made.plan.graph, kv_in_codes=False)
+        other = run(wide, made.stored(), batch, RefCache(), made.graph.dtype)["logits"]
+        error, apart = (np.sqrt(np.mean((got - x) ** 2)) for x in (twin, other))
+        assert error < 0.5 * apart
+        assert apart < 0.1 * np.std(other)
+
 
 class TestInvariance:
     """Row by row the same bytes, however the work is cut."""
 
     @pytest.mark.parametrize(
         "name,dtype",
-        [("gqa3-tied-window", "bf16"), ("odd-everything", "fp32"), ("odd-everything", "int4")],
-    )
+        [
+            ("gqa3-tied-window", "bf16"), ("odd-everything", "fp32"), ("odd-everything", "int4"),
+            ("gqa3-tied-window", "fp32+kv8"), ("odd-everything", "bf16+kv8"),
+        ],
+    )  # fmt: skip
     def test_chunks_threads_and_pages(self, tiny: MakeTiny, name: str, dtype: str) -> None:
         made = tiny(name, dtype)
         with made.open(num_threads=1) as model:
@@ -113,9 +137,10 @@ class TestInvariance:
         assert together is not None
         assert together.tobytes() == np.concatenate(alone).tobytes()
 
-    def test_dirty_pages(self, tiny: MakeTiny) -> None:
+    @pytest.mark.parametrize("dtype", ["bf16", "fp32+kv8"])
+    def test_dirty_pages(self, tiny: MakeTiny, dtype: str) -> None:
         """What a page held before is never seen."""
-        made = tiny("gqa3-tied-window", "bf16")
+        made = tiny("gqa3-tied-window", dtype)
         with made.open() as model:
             clean = prefill(model, IDS[:33], [0, 1, 2], 7)
             prefill(model, IDS[40:88], [2, 1, 0], 48)
@@ -301,6 +326,10 @@ class TestFacts:
     def test_bytes_per_page(self, tiny: MakeTiny) -> None:
         with tiny("gqa5-bias", "bf16").open() as model:
             assert model.kv_bytes_per_page(64) == 2 * 64 * 16 * 1 * 2 * 2
+            assert model.describe()["kv_cache_dtype"] == "bf16"
+        with tiny("gqa5-bias", "int8+kv8").open() as model:
+            assert model.kv_bytes_per_page(64) == 2 * 64 * (16 + 4) * 1 * 2
+            assert model.describe()["kv_cache_dtype"] == "int8"
 
     @pytest.mark.slow
     def test_probe(self, tiny: MakeTiny) -> None:

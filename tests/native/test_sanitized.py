@@ -32,7 +32,10 @@ def runtime_library(name: str) -> str:
 @pytest.mark.parametrize(
     "kind,runtime", [("address,undefined", "libasan.so"), ("thread", "libtsan.so")]
 )
-@pytest.mark.parametrize("name,dtype", [("odd-everything", "bf16"), ("gqa3-tied-window", "fp32")])
+@pytest.mark.parametrize(
+    "name,dtype",
+    [("odd-everything", "bf16"), ("gqa3-tied-window", "fp32"), ("gqa3-tied-window", "fp32+kv8")],
+)
 def test_model(
     tmp_path: Path,
     build_library: BuildLibrary,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ CONFIGS = {
 }  # fmt: skip
 
 
-#: dtype names beyond bf16 and fp32: the graph's dtype, and how its matrices are quantised.
+#: dtype names beyond bf16 and fp32: the graph's dtype, and how its matrices are quantised. Behind
+#: any name, "+kv8" puts KV in codes.
 QUANTISED = {
     "int8": ("bf16", Scheme(8, 0, "int8")),
     "int4": ("bf16", Scheme(4, 32, "int8")),
@@ -101,8 +102,10 @@ def build_tiny(
     flags: Sequence[str] = (),
 ) -> Tiny:
     """A model in ``folder``, its library compiled by ``build``."""
-    dtype, scheme = QUANTISED.get(dtype, (dtype, None))
-    graph = plain_graph(CONFIGS[name], dtype)
+    weights_dtype = dtype.removesuffix("+kv8")
+    in_codes = weights_dtype != dtype
+    dtype, scheme = QUANTISED.get(weights_dtype, (weights_dtype, None))
+    graph = replace(plain_graph(CONFIGS[name], dtype), kv_in_codes=in_codes)
     weights = random_weights(graph, seed=len(name))
     made = plan(graph, scheme=scheme)
     shutil.copy(build(emit(made, isa), isa, flags), folder / "model.so")
@@ -135,6 +138,7 @@ def bundle_of(made: Plan, isa: IsaName, folder: Path) -> Bundle:
         isa=isa,
         dtype=made.graph.dtype,
         quantization=None,
+        kv_cache_dtype=made.graph.kv_dtype,
         model="tiny",
         code_key="",
         weights_key="",

@@ -58,7 +58,10 @@ typedef struct sl_open_args {
 /* KV cache of the library's own. Page p of layer l, KV head h starts at
  *   kv_base[l] + p * page_stride + h * head_stride            (strides in elements)
  * and holds 2 * page_tokens * D elements:
- *   K [page_tokens/16][D/P][16][P] | V [page_tokens/P][D][P]   P = 2 (bf16) or 1 (fp32). */
+ *   K [page_tokens/16][D/P][16][P] | V [page_tokens/P][D][P]   P = 2 (bf16) or 1 (fp32).
+ * Where kv_cache_dtype of sl_describe is int8, elements are bytes, P is 1, and behind the codes of
+ * K, and again behind those of V, stand their scales, fp32 [page_tokens]: a number is code * scale.
+ * A page of a head is then 2 * page_tokens * (D + 4) elements. */
 typedef struct sl_kv_args {
   uint32_t size;
   int32_t num_pages;
@@ -150,9 +153,9 @@ typedef struct sl_head_args {
 
 SL_API uint32_t sl_abi_version(void);
 SL_API const char* sl_last_error(void);
-/* JSON: abi_version, isa, dtype, shape, layout_hash, weights_bytes, probe_bytes (the buffer
- * sl_probe takes), and per fused op {name, calls, ns}. Writes at most cap bytes with the final 0
- * and returns the length needed. model may be NULL (no counters). */
+/* JSON: abi_version, isa, dtype, kv_cache_dtype, shape, layout_hash, weights_bytes, probe_bytes
+ * (the buffer sl_probe takes), and per fused op {name, calls, ns}. Writes at most cap bytes with
+ * the final 0 and returns the length needed. model may be NULL (no counters). */
 SL_API int64_t sl_describe(const sl_model* model, char* buf, int64_t cap);
 SL_API sl_status sl_open(const sl_open_args* args, sl_model** out);
 SL_API void sl_close(sl_model* model);

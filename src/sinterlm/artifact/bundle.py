@@ -122,11 +122,13 @@ def read_manifest(folder: Path, euid: int | None = None) -> tuple[bytes, str]:
 
 def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
     """Raises UsageError where ``options`` asks a finished bundle to be another one."""
+    kv_cache_dtype = None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
     asked: list[tuple[str, str | None, str]] = [
         ("dtype", None if options.dtype == "auto" else options.dtype, manifest.dtype),
         ("isa", options.isa, manifest.isa),
         ("target", options.target, manifest.target),
         ("quantization", options.quantization, str(manifest.quantization).split(" ")[0]),
+        ("kv_cache_dtype", kv_cache_dtype, manifest.kv_cache_dtype),
     ]
     for name, wanted, have in asked:
         if wanted not in (None, have):

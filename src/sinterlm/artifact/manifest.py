@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sinterlm.artifact import strict
 from sinterlm.errors import BundleError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ABI_VERSION = 2  #: must equal SL_ABI_VERSION of abi.h (a test compares them)
 
 
@@ -84,6 +84,7 @@ class Manifest:
     isa: str
     dtype: str  #: "bf16" | "fp32"
     quantization: str | None  #: of most weights: "int8" or "int4" and its format; None = dtype
+    kv_cache_dtype: str  #: what KV pages hold: dtype, or "int8"
     model: str  #: what the user called it
     code_key: str
     weights_key: str
@@ -97,6 +98,16 @@ class Manifest:
     library: FileRef
     weights: FileRef | None
     text: FileRef | None  #: text.json: tokenizer, chat template, eos ids, generation defaults
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the KV cache, over all layers."""
+        return kv_token_bytes(self.shape, self.kv_cache_dtype)
+
+    @property
+    def dtypes(self) -> str:
+        """For people: what weights and KV are stored in."""
+        return show_dtypes(self.dtype, self.quantization, self.kv_cache_dtype)
 
     def to_json(self) -> str:
         """JSON text; ``from_json`` gives back an equal manifest."""
@@ -118,6 +129,24 @@ class Manifest:
         return manifest
 
 
+def kv_head_bytes(head_dim: int, kv_cache_dtype: str) -> int:
+    """Bytes of K, or of V, of one token and KV head. Codes have an fp32 scale beside them."""
+    return head_dim + 4 if kv_cache_dtype == "int8" else head_dim * _ELEMENT_BYTES[kv_cache_dtype]
+
+
+def kv_token_bytes(shape: ModelShape, kv_cache_dtype: str) -> int:
+    """Bytes of K and V of one token, over all layers and KV heads."""
+    heads = shape.num_layers * shape.num_kv_heads
+    return 2 * heads * kv_head_bytes(shape.head_dim, kv_cache_dtype)
+
+
+def show_dtypes(dtype: str, quantization: str | None, kv_cache_dtype: str) -> str:
+    """``bf16``, ``int4 w4g32-a8g64``, ``bf16, KV cache int8``."""
+    weights = quantization or dtype
+    return weights if kv_cache_dtype == dtype else f"{weights}, KV cache {kv_cache_dtype}"
+
+
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 _FILE_PATH = re.compile(
     r"(\.\./\.\./(code|weights)/[0-9a-f]{64}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,80}"
 )
@@ -165,6 +194,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"max_model_len is {manifest.max_model_len}")
     if manifest.dtype not in ("bf16", "fp32"):
         raise ValueError(f"dtype is {manifest.dtype[:40]!r}")
+    if manifest.kv_cache_dtype not in (manifest.dtype, "int8"):
+        raise ValueError(f"kv_cache_dtype is {manifest.kv_cache_dtype[:40]!r}")
     if manifest.layout_hash < 0 or min(0, *_sizes(manifest)) < 0:
         raise ValueError("a size or hash is negative")
     if len(constants.inv_freq) != shape.head_dim // 2:

@@ -73,7 +73,7 @@ def model_facts(bundle: Bundle, model: RecordingModel) -> ModelFacts:
     return ModelFacts(
         model=bundle.manifest.model,
         isa=facts["isa"],
-        dtype=bundle.manifest.quantization or bundle.manifest.dtype,
+        dtype=bundle.manifest.dtypes,
         weights_bytes=facts["weights_bytes"],
         num_threads=facts["num_threads"],
         huge_pages=facts["huge_pages"],

@@ -73,6 +73,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "isa": manifest.isa,
         "dtype": manifest.dtype,
         "quantization": manifest.quantization,
+        "kv_cache_dtype": manifest.kv_cache_dtype,
         "max_model_len": manifest.max_model_len,
         "library_bytes": manifest.library.nbytes,
         "weights_bytes": manifest.weights.nbytes if manifest.weights is not None else 0,
@@ -80,10 +81,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], name: object) -> None:
+    from sinterlm.artifact.manifest import show_dtypes
     from sinterlm.artifact.storage import show_bytes
 
+    dtypes = show_dtypes(facts["dtype"], facts["quantization"], facts["kv_cache_dtype"])
     print(
-        f"{facts['model']}: {facts['quantization'] or facts['dtype']} for {facts['target']} "
+        f"{facts['model']}: {dtypes} for {facts['target']} "
         f"({facts['isa']}), "
         f"context {facts['max_model_len']} tokens"
     )

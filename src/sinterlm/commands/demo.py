@@ -91,7 +91,7 @@ def _figures(session: Session, answer: RequestOutput, gbytes: float) -> list[str
     moved = bytes_per_token(session.llm, answer)
     found = ", found in the cache" if session.cached else "; cached, the next start is quick"
     lines = [
-        f"compile    {session.compile_s:8.2f} s       {manifest.isa}, {manifest.dtype}, library "
+        f"compile    {session.compile_s:8.2f} s       {manifest.isa}, {manifest.dtypes}, library "
         f"{show_bytes(manifest.library.nbytes)}{found}",
         f"load       {session.load_s:8.2f} s",
         f"TTFT       {(timing['ttft_s'] or 0.0) * 1e3:8.1f} ms      "

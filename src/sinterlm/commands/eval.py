@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _REFERENCE = "fp32"
 _DTYPES = ("fp32", "bf16", "int8", "int4")
+_KV8 = "+kv8"  #: behind a dtype: with the KV cache in int8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_dtypes,
         default=("fp32", "bf16"),
         metavar="LIST",
-        help="what to score, of fp32, bf16, int8 and int4 (default: fp32,bf16); fp32 runs in any "
-        "case, as the reference; --quant-group and --act-dtype say more of int8 and int4",
+        help="what to score, of fp32, bf16, int8 and int4 (default: fp32,bf16); bf16+kv8 is bf16 "
+        "with --kv-cache-dtype int8; fp32 runs in any case, as the reference; --quant-group and "
+        "--act-dtype say more of int8 and int4",
     )
     parser.add_argument(
         "--server", metavar="URL", help="score this vLLM, llama.cpp or SinterLM server as well"
@@ -67,15 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_dtypes(text: str) -> tuple[str, ...]:
-    """Dtypes from ``fp32,int8``, each once."""
+    """Dtypes from ``fp32,int8,bf16+kv8``, each once."""
     names: list[str] = []
     for part in text.split(","):
-        name = part if part in _DTYPES else parse_dtype(part)
+        weights = part.removesuffix(_KV8)
+        name = weights if weights in _DTYPES else parse_dtype(weights)
         if name not in _DTYPES:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is no dtype by itself; name {', '.join(_DTYPES)}"
             )
-        names.append(name)
+        names.append(name + part[len(weights) :])
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} names a dtype twice")
     return tuple(names)
@@ -122,6 +125,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("eval compares dtypes; name them with --dtypes instead of --dtype")
     if args.quantization is not None:
         raise UsageError("eval compares; name int8 or int4 in --dtypes instead of --quantization")
+    if args.kv_cache_dtype is not None:
+        raise UsageError("eval compares; name bf16+kv8 in --dtypes instead of --kv-cache-dtype")
     if args.server_model is not None and args.server is None:
         raise UsageError("--server-model names a model of --server, which is not given")
     if args.code_only:
@@ -139,10 +144,13 @@ def _opener(
     dtype: str, options: CompileOptions, engine: EngineOptions, progress: Progress
 ) -> Callable[[], AbstractContextManager[Scorer]]:
     """Opens the model in ``dtype``; groups and activations matter to codes alone."""
-    if dtype in ("int8", "int4"):
-        options = replace(options, quantization="int8" if dtype == "int8" else "int4")
+    if dtype.endswith(_KV8):
+        options = replace(options, kv_cache_dtype="int8")
+    weights = dtype.removesuffix(_KV8)
+    if weights in ("int8", "int4"):
+        options = replace(options, quantization="int8" if weights == "int8" else "int4")
     else:
-        wide: DTypeName = "fp32" if dtype == "fp32" else "bf16"
+        wide: DTypeName = "fp32" if weights == "fp32" else "bf16"
         options = replace(options, dtype=wide, quant_group=None, act_dtype=None)
 
     @contextmanager

@@ -25,6 +25,8 @@ HELP: dict[str, str] = {
     "quant_group": "weights that share a scale: 0 (an output channel), 32, 64 or 128 (default: "
     "0 for int8, 32 for int4)",
     "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only (default: int8)",
+    "kv_cache_dtype": "what the KV cache holds; int8 = codes with a scale per token and KV head, "
+    "about half of bf16's memory (auto = as dtype)",
     "target": "what to compile for",
     "isa": "instruction-set level (default: the widest this machine has)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",

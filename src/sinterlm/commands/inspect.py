@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from sinterlm.artifact.manifest import ModelShape, kv_token_bytes
 from sinterlm.commands.compile import MODEL_HELP
 from sinterlm.commands.flags import add_option_flags, options_from
 from sinterlm.errors import UsageError
@@ -37,6 +38,7 @@ class Subject:
     model: str
     dtype: str
     quantization: str | None  #: format of most weights and where its codes come from
+    kv_cache_dtype: str
     isa: str
     max_model_len: int  #: tokens
     shape: dict[str, Any]
@@ -51,9 +53,7 @@ class Subject:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the KV cache, over all layers."""
-        s = self.shape
-        size = 2 if self.dtype == "bf16" else 4
-        return int(2 * s["num_layers"] * s["num_kv_heads"] * s["head_dim"] * size)
+        return kv_token_bytes(ModelShape(**self.shape), self.kv_cache_dtype)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +162,7 @@ def look(options: CompileOptions) -> Subject:
                 model=checkpoint.name,
                 dtype=job.dtype,
                 quantization=main_format(plan.graph, checkpoint.origin),
+                kv_cache_dtype=plan.graph.kv_dtype,
                 isa=job.isa,
                 max_model_len=compiler.model_len(options, config),
                 shape=asdict(compiler.model_shape(config)),
@@ -181,6 +182,7 @@ def _of_bundle(bundle: Bundle) -> Subject:
         model=manifest.model,
         dtype=manifest.dtype,
         quantization=manifest.quantization,
+        kv_cache_dtype=manifest.kv_cache_dtype,
         isa=manifest.isa,
         max_model_len=manifest.max_model_len,
         shape=asdict(manifest.shape),
@@ -211,6 +213,7 @@ def gather(subject: Subject, step: tuple[int, int], machine: Slopes | None) -> d
     facts: dict[str, Any] = {
         "model": subject.model, "dtype": subject.dtype, "isa": subject.isa,
         "quantization": subject.quantization,
+        "kv_cache_dtype": subject.kv_cache_dtype,
         "max_model_len": subject.max_model_len, "shape": subject.shape,
         "step": {"num_tokens": step[0], "context_len": step[1], "num_rows": 1},
         "ops": rows,

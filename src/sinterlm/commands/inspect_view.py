@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sinterlm.artifact.manifest import show_dtypes
 from sinterlm.artifact.storage import show_bytes
 from sinterlm.commands.inspect import Subject
 from sinterlm.commands.ui import print_table, show_count
@@ -23,8 +24,8 @@ def print_subject(subject: Subject, facts: dict[str, Any], all_layers: bool) -> 
 
 def _print_head(subject: Subject, facts: dict[str, Any]) -> None:
     shape = subject.shape
-    dtype = subject.quantization or subject.dtype
-    print(f"{subject.model}: {shape['architecture']}, {dtype}, {subject.isa}")
+    dtypes = show_dtypes(subject.dtype, subject.quantization, subject.kv_cache_dtype)
+    print(f"{subject.model}: {shape['architecture']}, {dtypes}, {subject.isa}")
     print(
         f"{shape['num_layers']} layers, hidden {shape['hidden_size']}, "
         f"{shape['num_heads']} heads on {shape['num_kv_heads']} KV heads of {shape['head_dim']}, "

@@ -37,6 +37,7 @@ from sinterlm.options import (
     CompileOptions,
     EngineOptions,
     IsaName,
+    KvCacheDTypeName,
     QuantizationName,
 )
 from sinterlm.runtime.batch import Float32
@@ -64,6 +65,7 @@ class LLM:
         quantization: QuantizationName | None = None,
         quant_group: int | None = None,
         act_dtype: ActDTypeName | None = None,
+        kv_cache_dtype: KvCacheDTypeName = "auto",
         target: str = "cpu",
         isa: IsaName | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -112,6 +114,7 @@ class LLM:
             quantization=quantization,
             quant_group=quant_group,
             act_dtype=act_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             target=target,
             isa=isa,
             load_format=load_format,

@@ -12,7 +12,6 @@ from sinterlm.artifact.manifest import Manifest
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import EngineOptions
 
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 #: Interpreter, tokenizer and batch arrays.
 _RESERVE_BYTES = 128 << 20
 #: Share of what is left that the cache may take; the rest is for whatever else grows.
@@ -119,7 +118,7 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
     drawn = options.max_num_seqs * (1 + options.num_speculative_tokens)
     rows = min(drawn + _LOGITS_ROWS, options.max_num_batched_tokens)
     page_tokens = options.block_size
-    page_bytes = _page_bytes(manifest, page_tokens)
+    page_bytes = page_tokens * manifest.kv_bytes_per_token
     budget = _kv_budget(manifest, options, available_bytes, rows)
     pages_of_one = -(-wanted // page_tokens)
     num_pages = min(budget // page_bytes, options.max_num_seqs * pages_of_one)
@@ -140,12 +139,6 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
         )
         wanted = fits
     return KvPlan(wanted, rows, num_pages, page_bytes)
-
-
-def _page_bytes(manifest: Manifest, page_tokens: int) -> int:
-    shape = manifest.shape
-    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_tokens
-    return elements * _ELEMENT_BYTES[manifest.dtype]
 
 
 def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows: int) -> int:

@@ -7,6 +7,7 @@ shape, and every weight that is there must be one the graph names. Nothing is si
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from sinterlm.errors import CheckpointError, UnsupportedModelError
 from sinterlm.frontend.checkpoint import Checkpoint
@@ -30,14 +31,14 @@ EMBED = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 
-def build_graph(config: DecoderConfig, dtype: str) -> Graph:
+def build_graph(config: DecoderConfig, dtype: str, kv_in_codes: bool = False) -> Graph:
     """Graph of plain ops for one step of T tokens and R sampled rows.
 
-    ``dtype`` ("bf16" | "fp32") is that of GEMM operands and KV; the residual stream, sums and
-    logits are fp32. Inputs are the values ``tokens`` and ``positions`` [T] i32 and ``rows`` [R]
-    i32; the output is ``ids`` [R] i32.
+    ``dtype`` ("bf16" | "fp32") is that of GEMM operands and, unless ``kv_in_codes``, of KV; the
+    residual stream, sums and logits are fp32. Inputs are the values ``tokens`` and ``positions``
+    [T] i32 and ``rows`` [R] i32; the output is ``ids`` [R] i32.
     """
-    return _Builder(config, dtype).build()
+    return replace(_Builder(config, dtype).build(), kv_in_codes=kv_in_codes)
 
 
 class _Builder:

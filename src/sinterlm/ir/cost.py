@@ -10,7 +10,7 @@ not counted. A step without sampled rows need not read the head; ``weight_bytes`
 
 from __future__ import annotations
 
-from sinterlm.artifact.manifest import OpCost
+from sinterlm.artifact.manifest import OpCost, kv_head_bytes
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.plan import Plan
@@ -26,8 +26,8 @@ def plan_costs(plan: Plan) -> tuple[OpCost, ...]:
 
 def op_cost(op: ops.Op, graph: Graph) -> OpCost:
     """The cost of one op, plain or fused."""
-    size = operand_bytes(graph)
-    kv_row = 2 * graph.config.num_kv_heads * graph.config.head_dim * size  # one token's k and v
+    head = kv_head_bytes(graph.config.head_dim, graph.kv_dtype)
+    kv_row = 2 * graph.config.num_kv_heads * head  # one token's k and v
     row_bytes = kv_written = kv_read = pair_flops = 0
     skip: frozenset[str] = frozenset()
     if isinstance(op, ops.Embed | ops.EmbedNorm):
@@ -53,7 +53,7 @@ def op_cost(op: ops.Op, graph: Graph) -> OpCost:
 
 
 def operand_bytes(graph: Graph) -> int:
-    """Bytes of one element of a GEMM operand or of KV."""
+    """Bytes of one element of a GEMM operand or of q."""
     return 2 if graph.dtype == "bf16" else FP32_BYTES
 
 

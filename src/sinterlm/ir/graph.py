@@ -80,10 +80,16 @@ class Graph:
     """Ops in execution order plus the tables of values and weights they name."""
 
     config: DecoderConfig
-    dtype: str  #: dtype of GEMM operands and KV: "bf16" | "fp32"
+    dtype: str  #: dtype of GEMM operands, q, and KV unless it is in codes: "bf16" | "fp32"
     ops: tuple[Op, ...]
     values: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     #: Matrices that are stored in codes, by name; one that is not here is wide (``dtype``). Set by
     #: ``passes.formats``. Weights that one GEMM reads together have one format.
     formats: dict[str, GemmFormat] = field(default_factory=dict)
+    kv_in_codes: bool = False  #: KV is int8, one scale per token and KV head for K and one for V
+
+    @property
+    def kv_dtype(self) -> str:
+        """What KV is stored in: ``dtype`` or "int8"."""
+        return "int8" if self.kv_in_codes else self.dtype

@@ -6,6 +6,8 @@ Precisions:
   bf16  rounds to bf16 exactly where kernels do: matrices and embedding rows; the operands of every
         GEMM (normed or norm-weighted x, attention's y, h); q, k, v; attention probabilities before
         they weigh v. All else, sums included, is float32.
+KV of a graph with ``kv_in_codes`` is what its int8 codes stand for, at every precision, and then
+probabilities are not rounded.
 A GEMM of a graph with formats multiplies what its codes stand for: activations become codes where
 kernels store them (``reference_codes``), and weights are given as CodedMatrix. At fp64 too.
 """
@@ -22,7 +24,7 @@ from sinterlm.ir.bf16 import from_bf16, round_bf16
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference_attention import RefCache
-from sinterlm.ir.reference_codes import code_rows
+from sinterlm.ir.reference_codes import code_rows, coded_heads
 from sinterlm.ir.reference_ops import Context, RefBatch, evaluate
 
 Array = NDArray[Any]
@@ -65,6 +67,8 @@ class Reference:
             config=self.graph.config,
             dtype=self._dtype,
             narrow=self._narrow,
+            kv=self._coded if self.graph.kv_in_codes else self._narrow,
+            prob=_same if self.graph.kv_in_codes else self._narrow,
             operand=self._operand,
             matrix=self._matrix,
             table=self._table,
@@ -77,6 +81,9 @@ class Reference:
             written = evaluate(op, context)
             context.values.update(zip(op.writes, written, strict=True))
         return context.values
+
+    def _coded(self, heads: Array) -> Array:
+        return coded_heads(heads).astype(self._dtype)
 
     def _operand(self, name: str, values: Array) -> Array:
         form = self._operands.get(name)

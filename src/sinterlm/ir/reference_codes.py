@@ -40,22 +40,34 @@ class CodedRows:
         return np.asarray(cut.sum(axis=2), np.int32)
 
 
-def code_rows(values: NDArray[Any], form: GemmFormat) -> CodedRows:
-    """``values`` [T, K] in codes: scale = amax / 127, rounded to nearest even. A group that holds
-    NaN or infinity gets NaN for its scale; K is padded with zeros to whole groups."""
-    depth, group = values.shape[1], form.act_group
-    wide = np.pad(np.asarray(values, np.float32), ((0, 0), (0, -depth % group)))
-    cut = wide.reshape(len(wide), -1, group)
-    finite = np.isfinite(cut).all(axis=2)
-    amax = np.where(finite, np.abs(cut).max(axis=2), np.float32(0)).astype(np.float32)
+def code_groups(values: NDArray[Any]) -> tuple[NDArray[np.int8], F32]:
+    """Codes [..., n] and scales [...] of groups ``values`` [..., n]: scale = amax / 127, rounded to
+    nearest even. A group that holds NaN or infinity gets NaN for its scale."""
+    wide = np.asarray(values, np.float32)
+    finite = np.isfinite(wide).all(axis=-1)
+    amax = np.where(finite, np.abs(wide).max(axis=-1), np.float32(0)).astype(np.float32)
     coded = finite & (amax >= SMALLEST)
     safe = np.where(coded, amax, np.float32(1))
     inverse = np.where(coded, np.float32(127) / safe, np.float32(0)).astype(np.float32)
-    usable = np.where(coded[:, :, None], cut, np.float32(0))
-    codes = np.rint(usable * inverse[:, :, None]).astype(np.int8)
+    usable = np.where(coded[..., None], wide, np.float32(0))
+    codes = np.rint(usable * inverse[..., None]).astype(np.int8)
     small = np.where(finite, np.float32(0), np.float32(np.nan))
     scales = np.where(coded, safe / np.float32(127), small).astype(np.float32)
+    return codes, scales
+
+
+def code_rows(values: NDArray[Any], form: GemmFormat) -> CodedRows:
+    """``values`` [T, K] in codes; K is padded with zeros to whole groups."""
+    wide = np.pad(np.asarray(values, np.float32), ((0, 0), (0, -values.shape[1] % form.act_group)))
+    codes, scales = code_groups(wide.reshape(len(wide), -1, form.act_group))
     return CodedRows(codes.reshape(wide.shape), scales, form)
+
+
+def coded_heads(values: NDArray[Any]) -> F32:
+    """What K or V [T, Hkv, D] stand for once they are in int8 pages, in fp32: one scale per token
+    and head. A kernel multiplies by the scale after the sum over D, or before that over tokens."""
+    codes, scales = code_groups(values)
+    return np.asarray(codes * scales[..., None], np.float32)
 
 
 def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:

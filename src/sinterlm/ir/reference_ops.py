@@ -54,7 +54,9 @@ class Context:
 
     config: DecoderConfig
     dtype: type[np.floating[Any]]  #: of everything that is not narrow
-    narrow: Callable[[Array], Array]  #: rounds q, k, v, probabilities, operands; returns dtype
+    narrow: Callable[[Array], Array]  #: rounds q and operands; returns dtype
+    kv: Callable[[Array], Array]  #: k or v [T, Hkv, D] as pages hold it
+    prob: Callable[[Array], Array]  #: rounds probabilities
     operand: Callable[[str, Array], Array]  #: a value by name as the GEMM that reads it sees it
     matrix: Callable[[str], Array]  #: a checkpoint tensor as a GEMM operand
     table: Callable[[str], Array]  #: an embedding table; what codes stand for is not rounded
@@ -119,7 +121,7 @@ def _(op: ops.Attention, c: Context) -> tuple[Array, ...]:
         mine = batch.seqs == seq
         k, v = c.cache.read(op.layer, int(seq))
         mask = visible(batch.positions[mine], len(k), op.window)
-        y[mine] = attend(q[mine], k, v, mask, op.scale, c.narrow)
+        y[mine] = attend(q[mine], k, v, mask, op.scale, c.prob)
     return (c.operand(op.y, merge_heads(y)),)
 
 
@@ -247,11 +249,12 @@ def merge_heads(x: Array) -> Array:
 
 
 def append_kv(c: Context, layer: int, k: Array, v: Array) -> Array:
-    """Store k and v [T, Hkv, D], narrow, for every sequence of the step; returns the kv token."""
+    """Store k and v [T, Hkv, D], as pages hold them, for every sequence of the step; returns the
+    kv token."""
     for seq in np.unique(c.batch.seqs):
         mine = c.batch.seqs == seq
         first = int(c.batch.positions[mine][0])
-        c.cache.append(layer, int(seq), first, c.narrow(k[mine]), c.narrow(v[mine]))
+        c.cache.append(layer, int(seq), first, c.kv(k[mine]), c.kv(v[mine]))
     return np.zeros((), np.int32)
 
 

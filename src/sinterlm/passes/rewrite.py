@@ -7,6 +7,7 @@ user's; a group is replaced whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 from sinterlm.ir.graph import Graph, Value
@@ -114,7 +115,7 @@ def with_ops(graph: Graph, ops: Iterable[Op]) -> Graph:
     """The graph with other ops: its value table is inferred anew from its inputs, in order."""
     ops = tuple(ops)
     values: dict[str, Value] = {value.name: value for value in INPUTS}
-    out = Graph(graph.config, graph.dtype, ops, values, graph.weights, graph.formats)
+    out = replace(graph, ops=ops, values=values)
     for op in ops:
         for value in infer_values(op, out):
             values[value.name] = value

@@ -30,8 +30,6 @@ _COPY_SHARE = 0.25
 
 _INT32_MAX = (1 << 31) - 1
 
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
-
 
 class Model:
     """A loaded library with its weights, and at most one KV cache of its own."""
@@ -106,9 +104,7 @@ class Model:
 
     def kv_bytes_per_page(self, page_tokens: int) -> int:
         """Bytes of one page of all layers and KV heads."""
-        shape = self.manifest.shape
-        elements = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_tokens
-        return elements * _ELEMENT_BYTES[self.manifest.dtype]
+        return page_tokens * self.manifest.kv_bytes_per_token
 
     def alloc_kv(self, num_pages: int, page_tokens: int) -> None:
         """Make the KV cache, replacing an earlier one. Memory is taken as pages are first used.

@@ -202,7 +202,7 @@ def _cache_labels(llm: LLM, engine: EngineOptions) -> dict[str, str]:
     return {
         "block_size": str(engine.block_size),
         "num_gpu_blocks": str(llm.plan.num_pages),
-        "cache_dtype": llm.bundle.manifest.dtype,
+        "cache_dtype": llm.bundle.manifest.kv_cache_dtype,
         "enable_prefix_caching": str(engine.enable_prefix_caching),
     }
 

@@ -31,11 +31,11 @@ MEANING = {
 }
 
 #: Kernel and argument struct of each op. {F} is the format of its own GEMM (or table), {Next} that
-#: of the GEMM which reads what it writes.
+#: of the GEMM which reads what it writes; Kv is what KV pages hold.
 KERNELS = {
     "embed_norm": ("embed_norm", "EmbedArgs<{F}, {Next}>"),
-    "norm_qkv_rope_kv": ("norm_qkv_rope_kv<E, D>", "QkvArgs<E, {F}>"),
-    "attention": ("attention<E, D>", "AttentionArgs<E, {Next}>"),
+    "norm_qkv_rope_kv": ("norm_qkv_rope_kv<E, D>", "QkvArgs<E, Kv, {F}>"),
+    "attention": ("attention<E, D>", "AttentionArgs<E, Kv, {Next}>"),
     "o_residual": ("residual_matmul", "ResidualArgs<{F}, {Next}>"),
     "norm_gate_up_act": ("norm_gate_up_act", "GateUpArgs<{F}, {Next}>"),
     "down_residual": ("residual_matmul", "ResidualArgs<{F}, {Next}>"),

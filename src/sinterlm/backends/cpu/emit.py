@@ -93,6 +93,7 @@ class _Emitter:
             "",
             "struct Net {",
             "  using Element = E;",
+            "  using Cache = Kv;",
             *self.formats(),
             *self.spec(),
             "",
@@ -110,11 +111,12 @@ class _Emitter:
     # -- parts -----------------------------------------------------------------------------------
 
     def shapes(self) -> list[str]:
-        """Element type and sizes; names ending in p are padded."""
+        """Element types and sizes; names ending in p are padded."""
         c = self.config
         hidden, ffn = self._tensor("layers.0.gate_up"), self._tensor("layers.0.down")
         return [
             f"using E = {'bf16' if self.plan.graph.dtype == 'bf16' else 'float'};",
+            f"using Kv = {'code8' if self.plan.graph.kv_in_codes else 'E'};",
             f"constexpr int kLayers = {c.num_layers};",
             f"constexpr int H = {c.hidden_size}, Hp = {hidden.k};",
             f"constexpr int Hq = {c.num_heads}, Hkv = {c.num_kv_heads}, D = {c.head_dim};",
@@ -174,8 +176,9 @@ class _Emitter:
         qk_norm = "true" if self.config.qk_norm else "false"
         return [
             "  static constexpr ModelSpec spec = {",
-            f'      "{self.plan.graph.dtype}",',
-            f"      kLayers, H, Hp, Hq, Hkv, D, F, Fp, V, Vp, {qk_norm},",
+            f'      "{self.plan.graph.dtype}", "{self.plan.graph.kv_dtype}",',
+            "      kLayers, H, Hp, Hq, Hkv, D, F, Fp, V, Vp,",
+            f"      kv_width<Kv>(D), sizeof(Kv), {qk_norm},",
             f"      {layout.layout_hash}ull, {layout.nbytes},",
             f"      {memory.bytes_per_token}, {memory.bytes_per_row},",
             "      buf::x, buf::xw, buf::ssq, pitch::xw, "
@@ -193,7 +196,7 @@ class _Emitter:
             lines += [
                 f"    for (int i = {first}; i < {last}; ++i) {{",
                 "      const Layer& l = kLayer[i];",
-                "      const Pages<E> pages = s.pages(i);",
+                "      const Pages<Kv> pages = s.pages<Kv>(i);",
             ]
             for op in self.body[first]:
                 lines += self._call(op, "      ", in_layer=True)

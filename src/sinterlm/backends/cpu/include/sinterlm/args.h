@@ -1,8 +1,9 @@
 // What the emitted forward pass hands to each kernel: plain structs of pointers, with shapes.
 //
-// E is the element type of KV and of wide GEMM operands: bf16 (uint16_t in sl::bf16) or float. F is
-// the format of a GEMM's operands (formats.h), Next that of the GEMM that reads what this op
-// writes. T tokens in the step, H hidden, F intermediate, D head size, Hq/Hkv heads, V vocabulary.
+// E is the element type of q and of wide GEMM operands: bf16 (uint16_t in sl::bf16) or float. C is
+// that of KV pages: E, or code8. F is the format of a GEMM's operands (formats.h), Next that of the
+// GEMM that reads what this op writes.
+// T tokens in the step, H hidden, F intermediate, D head size, Hq/Hkv heads, V vocabulary.
 // Widths of activations are padded: Hp, Fp, Qp (= round16(Hq * D)); padded lanes hold zeros.
 #pragma once
 #include <cstdint>
@@ -16,6 +17,15 @@ constexpr int kLanes = 16;  // columns of a vector, at every ISA level
 struct bf16 {
   uint16_t bits;
 };
+
+// An element of KV pages in codes: number = code * the scale of its token and head.
+struct code8 {
+  int8_t code;
+};
+template <class C>
+constexpr bool kInCodes = false;
+template <>
+inline constexpr bool kInCodes<code8> = true;
 
 // Tokens per K/V pair: bf16 dot products eat two k at a time.
 template <class E>
@@ -35,14 +45,21 @@ struct Batch {
 };
 
 // One layer's KV pages; strides in elements. A page of one head is
-// K [page_tokens/16][D/P][16][P] | V [page_tokens/P][D][P].
-template <class E>
+// K [page_tokens/16][D/P][16][P] | V [page_tokens/P][D][P], and where they are codes, each half is
+// followed by its scales, fp32 [page_tokens].
+template <class C>
 struct Pages {
-  E* base;
+  C* base;
   int64_t page_stride;
   int64_t head_stride;
   int page_tokens;
 };
+
+// Elements that K, or V, of one token and head take in a page.
+template <class C>
+constexpr int kv_width(int D) {
+  return D + (kInCodes<C> ? int{sizeof(float)} : 0);
+}
 
 // The left operand of a GEMM of format F: [T][K] in some form, a row every `pitch` bytes.
 template <class F>
@@ -70,7 +87,7 @@ struct EmbedArgs {
   int H, Hp;
 };
 
-template <class E, class F>
+template <class E, class C, class F>
 struct QkvArgs {
   const Batch* batch;
   Rows<F> xw;        // [T][Hp]
@@ -83,17 +100,17 @@ struct QkvArgs {
   const float* cos;     // [max_model_len][D / 2]
   const float* sin;     // [max_model_len][D / 2]
   E* q;                 // [T][Qp]
-  Pages<E> pages;
+  Pages<C> pages;
   float eps, qk_eps;
   int H, Hp, Hq, Hkv, Qp;
 };
 
-template <class E, class Next>
+template <class E, class C, class Next>
 struct AttentionArgs {
   const Batch* batch;
   const E* q;    // [T][Qp]
   Rows<Next> y;  // [T][Qp]
-  Pages<E> pages;
+  Pages<C> pages;
   float scale;
   int window;  // 0 = full
   int Hq, Hkv, Qp;

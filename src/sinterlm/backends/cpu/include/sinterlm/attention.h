@@ -4,6 +4,11 @@
 // (max, sum, output); chunks merge in order. What a row computes depends on its position and window
 // alone: a key it may not see gets probability exactly 0, which adds exactly nothing, so a row is
 // the same bits by prefill, by decode, and beside any other row.
+//
+// C is what pages hold: E, or codes. Codes are widened to fp32 as a tile loads them, which costs
+// what taking bf16 pairs apart costs, needs no instruction that some level lacks, and leaves the
+// order of sums alone. The scale of a key multiplies its score, that of a value its probability,
+// which then stays in fp32.
 #pragma once
 #include <cmath>
 
@@ -14,16 +19,45 @@ namespace sl {
 constexpr int kChunk = 256;         // keys per chunk
 constexpr int kAttentionRows = 48;  // query rows (tokens x heads of a group) per item
 
+// What the scores of a chunk's keys and the probabilities of its values are multiplied by.
+template <class C>
+struct ChunkScales {
+  template <int D>
+  void take(int, const Slot<C>&, int, int) {}
+  Vec score(int, Vec v) const { return v; }
+  Vec prob(int, Vec p, int, int) const { return p; }
+};
+template <>
+struct ChunkScales<code8> {
+  alignas(64) float key[kChunk];
+  alignas(64) float value[kChunk];
+
+  // Those of `n` tokens from a slot on, the chunk's from key j on.
+  template <int D>
+  void take(int j, const Slot<code8>& slot, int n, int page_tokens) {
+    const size_t bytes = n * sizeof(float);
+    code8* v = v_half<code8, D>(slot.page, page_tokens);
+    std::memcpy(key + j, scales_of<D>(slot.page, page_tokens) + slot.index, bytes);
+    std::memcpy(value + j, scales_of<D>(v, page_tokens) + slot.index, bytes);
+  }
+  Vec score(int j, Vec v) const { return mul(v, load(key + j)); }
+  // 0 outside [see_first, see_last): there a scale may be anything.
+  Vec prob(int j, Vec p, int see_first, int see_last) const {
+    return keep_lanes(mul(p, load(value + j)), see_first, see_last, zero());
+  }
+};
+
 // One item's working set, in the worker's scratch.
-template <class E, int D>
+template <class C, int D>
 struct AttentionScratch {
   alignas(64) float score[kAttentionRows][kChunk];
-  alignas(64) Operand<E> prob[kAttentionRows][kChunk];
-  alignas(64) Operand<E> query[kAttentionRows][D];
+  alignas(64) Operand<C> prob[kAttentionRows][kChunk];
+  alignas(64) Operand<C> query[kAttentionRows][D];
   alignas(64) float part[kAttentionRows][D];  // of this chunk
   alignas(64) float out[kAttentionRows][D];   // of all chunks so far
   float max[kAttentionRows], sum[kAttentionRows];
   float part_max[kAttentionRows], part_sum[kAttentionRows];
+  ChunkScales<C> scales;
 };
 
 // The query rows of one item: tokens [t0, t0 + tokens) of a sequence, all G heads of one KV head.
@@ -39,31 +73,32 @@ struct KeyRange {
 };
 
 // score[r][j] = q_r . k_(base + j), unscaled, for the chunk's keys rounded out to 16.
-template <class E, int D>
-inline void score_chunk(AttentionScratch<E, D>& s, int rows, const Batch& b, const Pages<E>& pages,
+template <class C, int D>
+inline void score_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, const Pages<C>& pages,
                         const QueryBlock& q, const KeyRange& keys) {
   for (int pos = keys.first; pos < keys.last;) {
-    const Slot<E> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
-    const int left = round_up(keys.last - pos, kLanes);
+    const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
+    const int left = round_up(keys.last - pos, kLanes), j = pos - keys.base;
     const int n = std::min(left, pages.page_tokens - slot.index);
     panel_rows(rows, n / kLanes,
-               WideTile<E>{s.query[0], D, slot.page + int64_t(slot.index) * D, kLanes * kPair<E>,
-                           int64_t(D) * kLanes, D, s.score[0] + (pos - keys.base), kChunk, false});
+               WideTile<C>{s.query[0], D, slot.page + int64_t(slot.index) * D, kLanes * kPair<C>,
+                           int64_t(D) * kLanes, D, s.score[0] + j, kChunk, false});
+    s.scales.template take<D>(j, slot, n, pages.page_tokens);
     pos += n;
   }
 }
 
 // Masks, scales and exponentiates one row; leaves prob (0 where masked), part_max, part_sum.
-template <class E, int D>
-inline void softmax_row(AttentionScratch<E, D>& s, int r, const KeyRange& keys, int see_first,
+template <class C, int D>
+inline void softmax_row(AttentionScratch<C, D>& s, int r, const KeyRange& keys, int see_first,
                         int see_last, float scale) {
   const Vec none = set1(-INFINITY);
   const int begin = keys.first - keys.base, end = round_up(keys.last - keys.base, kLanes);
   Vec top = none;
   for (int j = begin; j < end; j += kLanes) {
     const int at = keys.base + j;
-    const Vec v =
-        keep_lanes(mul(load(s.score[r] + j), set1(scale)), see_first - at, see_last - at, none);
+    const Vec scaled = mul(s.scales.score(j, load(s.score[r] + j)), set1(scale));
+    const Vec v = keep_lanes(scaled, see_first - at, see_last - at, none);
     store(s.score[r] + j, v);
     top = max(v, top);
   }
@@ -72,24 +107,25 @@ inline void softmax_row(AttentionScratch<E, D>& s, int r, const KeyRange& keys, 
   for (int j = begin; j < end; j += kLanes) {
     const Vec p = m == -INFINITY ? zero() : exp(sub(load(s.score[r] + j), set1(m)));
     sum = add(sum, p);
-    round_operands<E>(s.prob[r] + j, p);
+    const int at = keys.base + j;
+    round_operands<C>(s.prob[r] + j, s.scales.prob(j, p, see_first - at, see_last - at));
   }
   s.part_max[r] = m;
   s.part_sum[r] = reduce_add(sum);
 }
 
 // part[r] = sum of prob[r][j] * v_(base + j)
-template <class E, int D>
-inline void weigh_chunk(AttentionScratch<E, D>& s, int rows, const Batch& b, const Pages<E>& pages,
+template <class C, int D>
+inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, const Pages<C>& pages,
                         const QueryBlock& q, const KeyRange& keys) {
-  constexpr int P = kPair<E>;
+  constexpr int P = kPair<C>;
   bool more = false;
   for (int pos = keys.first; pos < keys.last;) {
-    const Slot<E> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
+    const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int n = std::min(keys.last - pos, pages.page_tokens - slot.index);
-    const E* v = slot.page + int64_t(pages.page_tokens) * D + int64_t(slot.index) * D;
+    const C* v = v_half<C, D>(slot.page, pages.page_tokens) + int64_t(slot.index) * D;
     panel_rows(rows, D / kLanes,
-               WideTile<E>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
+               WideTile<C>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
                            round_up(n, P), s.part[0], D, more});
     more = true;
     pos += n;
@@ -103,8 +139,8 @@ struct Part {
 };
 
 // (max, sum, out) of the chunks so far and of one more become one.
-template <class E, int D>
-inline void merge_row(AttentionScratch<E, D>& s, int r, const Part& part) {
+template <class C, int D>
+inline void merge_row(AttentionScratch<C, D>& s, int r, const Part& part) {
   if (part.max == -INFINITY) return;
   const float m = s.max[r] > part.max ? s.max[r] : part.max;
   float pair[kLanes] = {s.max[r] - m, part.max - m};
@@ -128,8 +164,8 @@ inline ChunkRange chunks_of(const QueryBlock& q, int window) {
   return {start / kChunk * kChunk, end, start, end};
 }
 
-template <class E, int D, class Next>
-inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+template <class E, class C, int D, class Next>
+inline void load_query(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next>& p,
                        const QueryBlock& q) {
   for (int r = 0; r < q.rows(); ++r) {
     const E* from = p.q + int64_t(q.t0 + r / q.G) * p.Qp + (q.kv_head * q.G + r % q.G) * D;
@@ -138,8 +174,8 @@ inline void load_query(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& 
 }
 
 // One chunk of one block: leaves part, part_max, part_sum of every row.
-template <class E, int D, class Next>
-inline void attend_chunk(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+template <class E, class C, int D, class Next>
+inline void attend_chunk(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next>& p,
                          const QueryBlock& q, const ChunkRange& range, int base) {
   const KeyRange keys{base, std::max(base, range.start / kLanes * kLanes),
                       std::min(base + kChunk, range.end)};
@@ -151,8 +187,8 @@ inline void attend_chunk(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>
   weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
 }
 
-template <class E, int D>
-inline void start_rows(AttentionScratch<E, D>& s, int rows) {
+template <class C, int D>
+inline void start_rows(AttentionScratch<C, D>& s, int rows) {
   for (int r = 0; r < rows; ++r) {
     s.max[r] = -INFINITY;
     s.sum[r] = 0;
@@ -160,8 +196,8 @@ inline void start_rows(AttentionScratch<E, D>& s, int rows) {
   }
 }
 
-template <class E, int D, class Next>
-inline void store_rows(AttentionScratch<E, D>& s, const AttentionArgs<E, Next>& p,
+template <class E, class C, int D, class Next>
+inline void store_rows(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next>& p,
                        const QueryBlock& q) {
   for (int r = 0; r < q.rows(); ++r) {
     static_assert(D % Next::kUnit == 0, "a head must be whole groups of activations");
@@ -217,10 +253,10 @@ struct Split {
 
 // Few blocks, long contexts: chunks are the items, merged in order afterwards. The same sums in the
 // same order as attend_blocks, so which of the two runs does not show in the result.
-template <class E, int D, class Next>
-void attend_split(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& blocks,
+template <class E, int D, class C, class Next>
+void attend_split(Worker& w, const AttentionArgs<E, C, Next>& p, const Blocks& blocks,
                   const Split& split) {
-  auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
+  auto& s = *static_cast<AttentionScratch<C, D>*>(w.scratch);
   w.for_each(blocks.items() * split.chunks, [&](int i) {
     const int item = i / split.chunks, chunk = i % split.chunks;
     const QueryBlock q = blocks[item];
@@ -249,9 +285,9 @@ void attend_split(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& bloc
   });
 }
 
-template <class E, int D, class Next>
-void attend_blocks(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& blocks) {
-  auto& s = *static_cast<AttentionScratch<E, D>*>(w.scratch);
+template <class E, int D, class C, class Next>
+void attend_blocks(Worker& w, const AttentionArgs<E, C, Next>& p, const Blocks& blocks) {
+  auto& s = *static_cast<AttentionScratch<C, D>*>(w.scratch);
   w.for_each(blocks.items(), [&](int item) {
     const QueryBlock q = blocks[item];
     const ChunkRange range = chunks_of(q, p.window);
@@ -265,8 +301,8 @@ void attend_blocks(Worker& w, const AttentionArgs<E, Next>& p, const Blocks& blo
   });
 }
 
-template <class E, int D, class Next>
-void attention(Worker& w, const AttentionArgs<E, Next>& p) {
+template <class E, int D, class C, class Next>
+void attention(Worker& w, const AttentionArgs<E, C, Next>& p) {
   const Blocks blocks(*p.batch, p.Hq, p.Hkv);
   if (blocks.items() < 4 * w.count && w.count > 1) {
     const Split split(blocks, p.window);

@@ -10,7 +10,7 @@ struct sl_model {
 
 namespace sl {
 
-static_assert(sizeof(AttentionScratch<Net::Element, Net::spec.D>) <= kScratchBytes,
+static_assert(sizeof(AttentionScratch<Net::Cache, Net::spec.D>) <= kScratchBytes,
               "attention's working set must fit a worker's scratch");
 static_assert(Net::spec.Hq / Net::spec.Hkv <= kAttentionRows,
               "one token's heads of a group must fit attention's working set");
@@ -76,7 +76,7 @@ void sl_close(sl_model* model) { delete model; }
 sl_status sl_kv_alloc(sl_model* model, const sl_kv_args* args, sl_kv* out) {
   return sl::guarded([&] {
     SL_TRY(sl::check_call("sl_kv_alloc", model && out, args));
-    return sl::kv_alloc(*model->impl, *args, sizeof(sl::Net::Element), out);
+    return sl::kv_alloc(*model->impl, *args, out);
   });
 }
 

@@ -72,44 +72,59 @@ struct Codes {
   }
 };
 
-// Activations as int8 codes: ActGroup of a row share a scale, amax / 127. A row is
+// How a group of numbers becomes int8 codes that stand for code * scale: scale = amax / 127. A
+// group whose amax is below kSmallest is stored as zeros; NaN or infinity in it makes its scale
+// NaN, and so whatever is computed from it.
+struct GroupScale {
+  static constexpr float kSmallest = 0x1p-100f;
+  float scale, inverse;  // inverse 0: every code is 0
+
+  template <int N>
+  static GroupScale of(const float* v) {
+    Vec top = zero(), bad = zero();
+    for (int i = 0; i < N; i += kLanes) {
+      const Vec x = load(v + i);
+      top = max(top, max(x, sub(zero(), x)));
+      bad = fma(x, zero(), bad);
+    }
+    const float amax = reduce_max(top);
+    if (reduce_add(bad) != 0) return {__builtin_nanf(""), 0.0f};
+    if (amax < kSmallest) return {0.0f, 0.0f};
+    return {amax / 127.0f, 127.0f / amax};
+  }
+  // Codes of 16 numbers of the group, as floats.
+  Vec codes(const float* v) const {
+    return inverse > 0 ? round_nearest(mul(load(v), set1(inverse))) : zero();
+  }
+};
+
+// Activations as int8 codes: ActGroup of a row share a scale. A row is
 // codes [K] | scales fp32 [K / ActGroup] | sums of codes int32 [K / kBlock].
 template <int Bits, int Group, bool Offsets, int ActGroup>
 struct Coded : Codes<Bits, Group, Offsets> {
   using Act = typename Dot<Bits>::Act;
   static constexpr int kUnit = ActGroup;
   static constexpr int kBlock = Group == 0 ? ActGroup : std::min(Group, ActGroup);
-  static constexpr float kSmallest = 0x1p-100f;  // a group below it is stored as zeros
 
   static constexpr int64_t scales_at(int K) { return int64_t(K) * sizeof(Act); }
   static constexpr int64_t sums_at(int K) { return scales_at(K) + int64_t(K) / ActGroup * 4; }
   static constexpr int64_t row_bytes(int K) { return sums_at(K) + int64_t(K) / kBlock * 4; }
 
-  // One group. NaN or infinity in it makes its scale NaN, and so every output of its row.
+  // One group.
   static void store(char* row, int K, int n, const float* v) {
-    Vec top = zero(), bad = zero();
-    for (int i = 0; i < ActGroup; i += kLanes) {
-      const Vec x = load(v + i);
-      top = max(top, max(x, sub(zero(), x)));
-      bad = fma(x, zero(), bad);
-    }
-    const float amax = reduce_max(top);
-    const bool finite = reduce_add(bad) == 0, coded = finite && amax >= kSmallest;
-    const Vec inverse = set1(coded ? 127.0f / amax : 0.0f);
+    const GroupScale group = GroupScale::of<ActGroup>(v);
     Act* codes = reinterpret_cast<Act*>(row) + n;
     int32_t* sums = reinterpret_cast<int32_t*>(row + sums_at(K)) + n / kBlock;
     for (int b = 0; b < ActGroup; b += kBlock) {
       Vec sum = zero();
       for (int i = b; i < b + kBlock; i += kLanes) {
-        const Vec code = coded ? round_nearest(mul(load(v + i), inverse)) : zero();
+        const Vec code = group.codes(v + i);
         store_codes(codes + i, code);
         sum = add(sum, code);
       }
       sums[b / kBlock] = static_cast<int32_t>(reduce_add(sum));
     }
-    reinterpret_cast<float*>(row + scales_at(K))[n / ActGroup] = coded    ? amax / 127.0f
-                                                                 : finite ? 0.0f
-                                                                          : __builtin_nanf("");
+    reinterpret_cast<float*>(row + scales_at(K))[n / ActGroup] = group.scale;
   }
 };
 

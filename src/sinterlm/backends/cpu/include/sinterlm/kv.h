@@ -4,16 +4,17 @@
 
 namespace sl {
 
-inline sl_status kv_alloc(Model& m, const sl_kv_args& a, int element_bytes, sl_kv* out) {
+inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
   const ModelSpec& spec = *m.spec;
   if (a.num_pages < 1) return fail(SL_INVALID, "num_pages is %d", a.num_pages);
   if (a.page_tokens < 16 || a.page_tokens > 4096 || a.page_tokens % 16 != 0)
     return fail(SL_INVALID, "page_tokens is %d and must be a multiple of 16 up to 4096",
                 a.page_tokens);
-  const int64_t head_stride = int64_t{2} * a.page_tokens * spec.D;
+  const int64_t head_stride = int64_t{2} * a.page_tokens * spec.kv_width;
   const int64_t page_stride = head_stride * spec.Hkv;
   int64_t layer_bytes, bytes;
-  if (__builtin_mul_overflow(page_stride * element_bytes, int64_t{a.num_pages}, &layer_bytes) ||
+  if (__builtin_mul_overflow(page_stride * spec.kv_element_bytes, int64_t{a.num_pages},
+                             &layer_bytes) ||
       __builtin_mul_overflow(layer_bytes, int64_t{spec.num_layers}, &bytes))
     return fail(SL_INVALID, "num_pages is %d: too many to address", a.num_pages);
   KvBlock block{m.shared_arena(bytes), std::vector<void*>(spec.num_layers)};

@@ -27,46 +27,71 @@ inline void rope(float* v, const float* cos, const float* sin) {
 }
 
 // Where position `pos` of sequence `seq` lies: its page of this head, and the slot inside.
-template <class E>
+template <class C>
 struct Slot {
-  E* page;
+  C* page;
   int index;
 };
 
-template <class E>
-inline Slot<E> find_slot(const Batch& b, const Pages<E>& p, int seq, int pos, int head) {
+template <class C>
+inline Slot<C> find_slot(const Batch& b, const Pages<C>& p, int seq, int pos, int head) {
   const int id = b.page_table[int64_t(seq) * b.page_table_stride + pos / p.page_tokens];
   return {p.base + id * p.page_stride + head * p.head_stride, pos % p.page_tokens};
 }
 
+// Where a page's V begins.
+template <class C, int D>
+inline C* v_half(C* page, int page_tokens) {
+  return page + int64_t(page_tokens) * kv_width<C>(D);
+}
+// The scales of one half in codes.
+template <int D>
+inline float* scales_of(code8* half, int page_tokens) {
+  return reinterpret_cast<float*>(half + int64_t(page_tokens) * D);
+}
+
+// One head of a token as its half of a page stores it; its scale, where that is codes, goes there.
+template <class C, int D>
+inline void narrow_head(C* to, const float* v, C* half, int index, int page_tokens) {
+  if constexpr (kInCodes<C>) {
+    const GroupScale group = GroupScale::of<D>(v);
+    for (int i = 0; i < D; i += kLanes)
+      store_codes(reinterpret_cast<int8_t*>(to + i), group.codes(v + i));
+    scales_of<D>(half, page_tokens)[index] = group.scale;
+  } else {
+    for (int i = 0; i < D; i += kLanes) store_elems(to + i, load(v + i));
+  }
+}
+
 // K [page_tokens/16][D/P][16][P]
-template <class E, int D>
-inline void store_k(const Slot<E>& s, const float* k) {
-  constexpr int P = kPair<E>;
-  E* out = s.page + int64_t(s.index / kLanes) * D * kLanes + s.index % kLanes * P;
-  E narrow[D];
-  for (int i = 0; i < D; i += kLanes) store_elems(narrow + i, load(k + i));
-  for (int i = 0; i < D; i += P) std::memcpy(out + i * kLanes, narrow + i, P * sizeof(E));
+template <class C, int D>
+inline void store_k(const Slot<C>& s, const float* k, int page_tokens) {
+  constexpr int P = kPair<C>;
+  C* out = s.page + int64_t(s.index / kLanes) * D * kLanes + s.index % kLanes * P;
+  C narrow[D];
+  narrow_head<C, D>(narrow, k, s.page, s.index, page_tokens);
+  for (int i = 0; i < D; i += P) std::memcpy(out + i * kLanes, narrow + i, P * sizeof(C));
 }
 
 // V [page_tokens/P][D][P]. Writing the even token of a pair clears the odd one, so that a masked
 // product is an exact zero, unless `next_too`: then another row of this step owns it.
-template <class E, int D>
-inline void store_v(const Slot<E>& s, const float* v, int page_tokens, bool next_too) {
-  constexpr int P = kPair<E>;
-  E* out = s.page + int64_t(page_tokens) * D + int64_t(s.index / P) * D * P + s.index % P;
-  E narrow[D];
-  for (int i = 0; i < D; i += kLanes) store_elems(narrow + i, load(v + i));
+template <class C, int D>
+inline void store_v(const Slot<C>& s, const float* v, int page_tokens, bool next_too) {
+  constexpr int P = kPair<C>;
+  C* half = v_half<C, D>(s.page, page_tokens);
+  C* out = half + int64_t(s.index / P) * D * P + s.index % P;
+  C narrow[D];
+  narrow_head<C, D>(narrow, v, half, s.index, page_tokens);
   const bool clear = P == 2 && s.index % 2 == 0 && !next_too;
   for (int i = 0; i < D; ++i) {
     out[i * P] = narrow[i];
-    if (clear) out[i * P + P - 1] = E{};
+    if (clear) out[i * P + P - 1] = C{};
   }
 }
 
 // Packed head `index` is, for each kv head, its G query heads, then k, then v.
-template <class E, int D, class F>
-void finish_head(const QkvArgs<E, F>& p, int index, int t, float* v, float rstd) {
+template <class E, int D, class C, class F>
+void finish_head(const QkvArgs<E, C, F>& p, int index, int t, float* v, float rstd) {
   const int G = p.Hq / p.Hkv, kv_head = index / (G + 2), part = index % (G + 2);
   const Batch& b = *p.batch;
   const float* bias = p.bias ? p.bias + index * D : nullptr;
@@ -86,16 +111,16 @@ void finish_head(const QkvArgs<E, F>& p, int index, int t, float* v, float rstd)
     for (int i = 0; i < D; i += kLanes) store_elems(q + i, load(v + i));
     return;
   }
-  const Slot<E> slot = find_slot(b, p.pages, seq, pos, kv_head);
+  const Slot<C> slot = find_slot(b, p.pages, seq, pos, kv_head);
   if (is_k) {
-    store_k<E, D>(slot, v);
+    store_k<C, D>(slot, v, p.pages.page_tokens);
   } else {
-    store_v<E, D>(slot, v, p.pages.page_tokens, t + 1 < b.query_start[seq + 1]);
+    store_v<C, D>(slot, v, p.pages.page_tokens, t + 1 < b.query_start[seq + 1]);
   }
 }
 
-template <class E, int D, class F>
-void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, F>& p) {
+template <class E, int D, class C, class F>
+void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, C, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
   const Cut cut(heads * D, rows, D, D, *w.team);

@@ -57,25 +57,41 @@ inline __attribute__((always_inline)) bf16 from_float<bf16>(float v) {
 SL_INLINE Vec load_elems(const float* p) { return load(p); }
 SL_INLINE void store_elems(float* p, Vec v) { store(p, v); }
 
-// What a register tile multiplies panels of E with: E where the level has dot products of it, else
-// the same numbers in fp32.
+// What a register tile multiplies panels of E with: bf16 where the level has dot products of it and
+// panels hold it, else the same numbers in fp32. Codes meet fp32 at every level.
 template <class E>
-using Operand = std::conditional_t<kBf16Dots, E, float>;
+using Operand = std::conditional_t<kBf16Dots && std::is_same_v<E, bf16>, bf16, float>;
 
-// 16 numbers as operands: of E, or fp32 rounded to E.
-template <class E>
-SL_INLINE void store_operands(Operand<E>* to, const E* from) {
-  if constexpr (std::is_same_v<Operand<E>, E>)
+// 16 numbers of E as operands O.
+template <class O, class E>
+SL_INLINE void store_operands(O* to, const E* from) {
+  if constexpr (std::is_same_v<O, E>)
     std::memcpy(to, from, kLanes * sizeof(E));
   else
     store(to, load_elems(from));
 }
+// 16 numbers in fp32 as operands beside panels of E: rounded to E, but not beside codes.
 template <class E>
 SL_INLINE void round_operands(Operand<E>* to, Vec v) {
-  E rounded[kLanes];
-  store_elems(rounded, v);
-  store_operands<E>(to, rounded);
+  if constexpr (kInCodes<E>) {
+    store(to, v);
+  } else {
+    E rounded[kLanes];
+    store_elems(rounded, v);
+    store_operands(to, rounded);
+  }
 }
+
+// A step of a panel of codes: widened as it is loaded, then as a panel of fp32.
+template <>
+struct Panel<code8> {
+  static constexpr int kParts = 1;
+  Panel<float> b;
+  SL_INLINE Panel load(const code8* p, int = 0) { return {{load_elems(p)}}; }
+  SL_INLINE Vec mac(Vec acc, const float* a, const Panel& w) {
+    return Panel<float>::mac(acc, a, w.b);
+  }
+};
 
 // e^x, at most 2 ulp: 2^n * p(r) with n = round(x / ln 2), Cody-Waite reduction, and the minimax
 // polynomial of the Cephes library's expf. Below -87.3 the result is exactly 0, so masked lanes

@@ -77,6 +77,10 @@ SL_INLINE __m256 widen_half(const bf16* p) {
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 SL_INLINE Vec load_elems(const bf16* p) { return {widen_half(p), widen_half(p + 8)}; }
+SL_INLINE __m256 widen_half(const code8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+SL_INLINE Vec load_elems(const code8* p) { return {widen_half(p), widen_half(p + 8)}; }
 SL_INLINE __m256i narrow_half(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -136,5 +140,7 @@ struct TileShape<float> {  // 12 sums, one step of 16 columns, one operand: all 
   static constexpr int kRows = 6;
   static constexpr int cols(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 };
+template <>
+struct TileShape<code8> : TileShape<float> {};
 
 }  // namespace sl

@@ -48,6 +48,9 @@ SL_INLINE Vec load_elems(const bf16* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+SL_INLINE Vec load_elems(const code8* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 
 #if defined(SL_ISA_AVX512BF16)
 SL_INLINE void store_elems(bf16* p, Vec v) {

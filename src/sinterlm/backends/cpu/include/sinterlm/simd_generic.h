@@ -65,11 +65,17 @@ SL_INLINE float reduce_max(Vec v) {
 
 typedef uint16_t HalfVec __attribute__((vector_size(32)));
 typedef uint32_t WordVec __attribute__((vector_size(64)));
+typedef int8_t ByteVec __attribute__((vector_size(16)));
 
 SL_INLINE Vec load_elems(const bf16* p) {
   HalfVec h;
   __builtin_memcpy(&h, p, 32);
   return (Vec)(__builtin_convertvector(h, WordVec) << 16);
+}
+SL_INLINE Vec load_elems(const code8* p) {
+  ByteVec codes;
+  __builtin_memcpy(&codes, p, 16);
+  return __builtin_convertvector(__builtin_convertvector(codes, IntVec), Vec);
 }
 SL_INLINE void store_elems(bf16* p, Vec v) {
   const WordVec bits = (WordVec)v;

@@ -7,8 +7,10 @@ namespace sl {
 
 // Compile-time facts. Widths ending in p are padded; offsets are bytes, of activations per token.
 struct ModelSpec {
-  const char* dtype;  // "bf16" or "fp32"
+  const char* dtype;     // "bf16" or "fp32"
+  const char* kv_dtype;  // the same, or "int8"
   int num_layers, H, Hp, Hq, Hkv, D, F, Fp, V, Vp;
+  int kv_width, kv_element_bytes;  // of K, or V, of one token and head
   bool qk_norm;
   uint64_t layout_hash;
   int64_t weights_bytes;
@@ -61,8 +63,9 @@ struct Run {
   T* row_buffer(int64_t offset) const {
     return reinterpret_cast<T*>(row_arena + offset * max_rows);
   }
-  Pages<E> pages(int layer) const {
-    return {static_cast<E*>(kv_base[layer]), page_stride, head_stride, page_tokens};
+  template <class C>
+  Pages<C> pages(int layer) const {
+    return {static_cast<C*>(kv_base[layer]), page_stride, head_stride, page_tokens};
   }
   // Operand rows of K columns in a buffer whose rows lie Pitch bytes apart.
   template <class F, int K, int64_t Pitch>

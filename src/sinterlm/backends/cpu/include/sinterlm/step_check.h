@@ -31,7 +31,7 @@ inline sl_status check_kv(const Model& m, const sl_kv* kv) {
   SL_TRY(check_range("kv.num_layers", kv->num_layers, m.spec->num_layers, m.spec->num_layers));
   if (kv->page_tokens < 16 || kv->page_tokens % 16 != 0)
     return fail(SL_INVALID, "kv.page_tokens is %d and must be a multiple of 16", kv->page_tokens);
-  const int64_t content = int64_t{2} * kv->page_tokens * m.spec->D;
+  const int64_t content = int64_t{2} * kv->page_tokens * m.spec->kv_width;
   SL_TRY(check_range("kv.head_stride", kv->head_stride, content, INT64_MAX));
   SL_TRY(check_range("kv.page_stride", kv->page_stride, content, INT64_MAX));
   SL_TRY(check_not_null(kv->kv_base, "kv.kv_base"));

@@ -85,7 +85,7 @@ inline void panel_rows(int rows, int cols, const Tile& t) {
   }
 }
 
-// Operands times panels of E; see tile().
+// Operands times panels of E, or of codes; see tile().
 template <class E>
 struct WideTile {
   using Shape = TileShape<E>;
