@@ -25,6 +25,7 @@ from sinterlm.errors import SinterError
 _COMMANDS: dict[str, str] = {
     "run": "run a model: complete a prompt, answer a question, or chat in the terminal",
     "serve": "serve a model over HTTP: OpenAI's API, metrics, and a page to use and watch it",
+    "vllm": "run an installed vLLM with SinterLM inside: `sinterlm vllm serve MODEL ...`",
     "compile": "compile a model into a bundle: one native library, packed weights, a manifest",
     "inspect": "show a bundle or checkpoint: graph, cost per op, packing, memory plan, roofline",
     "doctor": "say what works on this machine and how to mend what does not",

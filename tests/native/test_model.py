@@ -12,7 +12,7 @@ from sinterlm.errors import RuntimeFault
 from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference import RefBatch, RefCache, run
 from sinterlm.runtime.batch import RowSampling, StepBatch, StepResult
-from sinterlm.runtime.model import Model
+from sinterlm.runtime.model import KvMemory, Model
 from tests.native.conftest import MakeTiny
 from tests.native.tiny import CONFIGS, MAX_LEN, Tiny, prefill, step_batch
 
@@ -156,6 +156,31 @@ class TestInvariance:
                 assert model.describe()["huge_pages"] is copy
                 logits.append(prefill(model, IDS[:20], PAGES, 20))
         assert logits[0].tobytes() == logits[1].tobytes()
+
+
+class TestCallersMemory:
+    def test_pages_and_hidden_states(self, tiny: MakeTiny) -> None:
+        """Pages of the caller's with room between them; logits from hidden states, row by row."""
+        made = tiny("gqa5-bias", "bf16")
+        with made.open() as model:
+            want = prefill(model, IDS[:40], PAGES, 40)
+        shape = made.bundle.manifest.shape
+        head = 2 * 16 * shape.head_dim
+        stride = shape.num_kv_heads * (head + 32) + 64
+        memory = [np.full(64 * stride, 0x7FC0, np.uint16) for _ in range(shape.num_layers)]
+        with made.open() as model:
+            addresses = tuple(layer.ctypes.data for layer in memory)
+            model.bind_kv(KvMemory(addresses, 64, 16, stride, head + 32))
+            hidden = np.zeros((40, shape.hidden_size), np.float32)
+            for first, last in ((0, 7), (7, 40)):
+                batch = step_batch((PAGES, first, IDS[first:last]), rows=[], want_logits=False)
+                model.hidden(batch, hidden[first:last])
+            got = model.head(hidden)
+            again = prefill(model, IDS[:40], PAGES, 40)
+        assert np.allclose(got, want, rtol=2e-2, atol=2e-2 * np.abs(want).max())
+        assert again.tobytes() == want.tobytes()
+        between = memory[0].reshape(64, stride)[:, shape.num_kv_heads * (head + 32) :]
+        assert (between == 0x7FC0).all(), "what lies between pages is not ours"
 
 
 class TestSampling:

@@ -23,7 +23,10 @@ VARIABLES: dict[str, str] = {
     "SINTERLM_DEBUG": "1 = the command line shows the traceback of an error",
     "SINTERLM_ISA": "ISA level to build for (default: the widest this machine has)",
     "SINTERLM_NUM_THREADS": "threads of the model (default: the CPUs this process may use)",
+    "SINTERLM_QUANTIZATION": "inside vLLM: int8 or int4, codes that weights are stored in",
     "SINTERLM_SERVER_DEV_MODE": "1 = serve what only development needs: /reset_prefix_cache",
+    "SINTERLM_VLLM": "inside vLLM: off (default), on, or require = no fallback to its own models",
+    "SINTERLM_VLLM_COUNTERS": "inside vLLM: set by the plugin for the processes that vLLM starts",
 }
 
 _SERVICE_NUMBER = re.compile(r"SINTERLM(_[A-Z0-9_]+)?_SERVICE_PORT(_[A-Z0-9_]+)?")

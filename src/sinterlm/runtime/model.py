@@ -11,6 +11,7 @@ import json
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -31,8 +32,19 @@ _COPY_SHARE = 0.25
 _INT32_MAX = (1 << 31) - 1
 
 
+@dataclass(frozen=True)
+class KvMemory:
+    """KV pages in memory of the caller's; see ``sl_kv`` of abi.h."""
+
+    addresses: tuple[int, ...]  #: of every layer's first page
+    num_pages: int
+    page_tokens: int  #: a multiple of 16
+    page_stride: int  #: elements from page to page of a layer
+    head_stride: int  #: elements from KV head to KV head of a page
+
+
 class Model:
-    """A loaded library with its weights, and at most one KV cache of its own."""
+    """A loaded library with its weights, and at most one KV cache, its own or its caller's."""
 
     def __init__(
         self,
@@ -62,6 +74,7 @@ class Model:
         self._max_rows = max_sample_rows
         self._library = Library(bundle.library_path)
         self._kv: abi.Kv | None = None
+        self._borrowed: NDArray[np.uintp] | None = None  # addresses that bind_kv() was given
         constants = manifest.constants
         inv_freq = np.array(constants.inv_freq, np.float64)
         windows = np.array(constants.windows, np.int32)
@@ -120,6 +133,17 @@ class Model:
         self._library.call("sl_kv_alloc", handle, ctypes.byref(args), ctypes.byref(kv))
         self._kv = kv
 
+    def bind_kv(self, memory: KvMemory) -> None:
+        """Use pages of the caller's, who keeps them for as long as steps are run, instead of an
+        earlier cache. Raises UsageError after ``close``."""
+        self._open_handle()
+        self._free_kv()
+        self._borrowed = np.array(memory.addresses, np.uintp)
+        self._kv = abi.Kv(
+            ctypes.sizeof(abi.Kv), memory.num_pages, memory.page_tokens, len(memory.addresses),
+            memory.page_stride, memory.head_stride, self._borrowed.ctypes.data,
+        )  # fmt: skip
+
     def close(self) -> None:
         """Stop the workers and give all memory back; further calls raise UsageError."""
         self._handle, self._kv = None, None
@@ -152,9 +176,7 @@ class Model:
         More than one step needs sequences of one token each, all of them sampled, without
         penalties and logits, and page tables that reach to the last step. Raises as ``step``.
         """
-        handle, kv = self._open_handle(), self._kv
-        if kv is None:
-            raise UsageError("alloc_kv() comes before step()")
+        handle = self._open_handle()
         rows, width = len(batch.sample_rows), batch.max_logprobs
         sampled = bool(batch.sampling)
         _check_shapes(batch, self._max_rows, self.manifest.shape.vocab_size)
@@ -170,20 +192,10 @@ class Model:
         flags = (abi.STEP_SAMPLE if sampled else 0) | (abi.STEP_LOGITS if batch.want_logits else 0)
         steps_run = ctypes.c_int32()
         args = abi.StepArgs(
-            size=ctypes.sizeof(abi.StepArgs),
+            **self._inputs(batch),
             # A step that draws nothing still fills the cache; asking for the logits of its zero
             # rows says so.
             flags=flags or abi.STEP_LOGITS,
-            num_seqs=batch.num_seqs,
-            num_tokens=batch.num_tokens,
-            token_ids=_pointer(batch.token_ids, np.int32),
-            positions=_pointer(batch.positions, np.int32),
-            query_start=_pointer(batch.query_start, np.int32),
-            context_lens=_pointer(batch.context_lens, np.int32),
-            page_table=_pointer(batch.page_table, np.int32),
-            page_table_stride=batch.page_table.shape[1],
-            slots=None if batch.slots is None else _pointer(batch.slots, np.int32),
-            kv=ctypes.pointer(kv),
             num_sample_rows=rows if flags else 0,
             sample_rows=_pointer(batch.sample_rows, np.int32),
             sampling=self._rows,
@@ -202,6 +214,21 @@ class Model:
             StepResult(tokens[i], logprobs[i], ranks[i], top_ids[i], top_logprobs[i], logits)
             for i in range(steps_run.value)
         ]
+
+    def hidden(self, batch: StepBatch, out: Float32) -> None:
+        """Run one step that samples nothing; ``out`` [T, H] float32 gets the final-normed hidden
+        states of its tokens, which ``head`` takes. Raises as ``step``."""
+        _check_shapes(batch, self._max_rows, self.manifest.shape.vocab_size)
+        expected = (batch.num_tokens, self.manifest.shape.hidden_size)
+        if out.shape != expected:
+            raise UsageError(f"out has shape {out.shape} and must have {expected}")
+        args = abi.StepArgs(
+            **self._inputs(batch),
+            flags=abi.STEP_HIDDEN,
+            out_hidden=_pointer(out, np.float32),
+            num_steps=1,
+        )
+        self._library.call("sl_step", self._open_handle(), ctypes.byref(args))
 
     def head(self, hidden: Float32) -> Float32:
         """Logits [R, V] of final-normed hidden states [R, H] float32."""
@@ -256,9 +283,28 @@ class Model:
             raise UsageError("this model is closed; open it again")
         return self._handle
 
+    def _inputs(self, batch: StepBatch) -> dict[str, Any]:
+        """The fields of ``StepArgs`` that say what is fed, and into which cache."""
+        if self._kv is None:
+            raise UsageError("alloc_kv() or bind_kv() comes before the first step")
+        return {
+            "size": ctypes.sizeof(abi.StepArgs),
+            "num_seqs": batch.num_seqs,
+            "num_tokens": batch.num_tokens,
+            "token_ids": _pointer(batch.token_ids, np.int32),
+            "positions": _pointer(batch.positions, np.int32),
+            "query_start": _pointer(batch.query_start, np.int32),
+            "context_lens": _pointer(batch.context_lens, np.int32),
+            "page_table": _pointer(batch.page_table, np.int32),
+            "page_table_stride": batch.page_table.shape[1],
+            "slots": None if batch.slots is None else _pointer(batch.slots, np.int32),
+            "kv": ctypes.pointer(self._kv),
+        }
+
     def _free_kv(self) -> None:
         kv, self._kv = self._kv, None
-        if kv is not None:
+        borrowed, self._borrowed = self._borrowed, None
+        if kv is not None and borrowed is None:
             self._library.release("sl_kv_free", self._handle, ctypes.byref(kv))
 
     def _logits(self, rows: int) -> Float32:

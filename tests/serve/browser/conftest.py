@@ -29,9 +29,10 @@ def until(page: Page, expression: str, *, within_s: float = 10.0) -> None:
         page.wait_for_timeout(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, driven by Playwright's Python package."""
+    """Debian's Chromium, driven by Playwright's Python package. Playwright keeps an event loop in
+    this thread, so it goes before tests that run loops of their own."""
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     if CHROMIUM is None:
         pytest.skip("no chromium; on Debian: apt-get install chromium")

@@ -19,6 +19,12 @@ from sinterlm.errors import UsageError
 __all__ = ["Home", "engine_of", "install", "names"]
 
 _GGUF = ("bf16", "q8_0", "q4_0")
+#: What is added to vLLM, and precisions beside bf16.
+_VLLM: dict[str, tuple[vllm.Addition, tuple[str, ...]]] = {
+    "vllm": ("", ()),
+    "vllm+zentorch": ("zentorch", ()),
+    "vllm+sinterlm": ("sinterlm", ("int8", "int4")),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,10 @@ class Home:
     environments: dict[str, Path] = field(default_factory=dict)  #: those that lie elsewhere
 
     def environment(self, name: str) -> Environment:
-        """Of an engine: ``vllm``, ``vllm+zentorch``, ``llama.cpp``, ``ik_llama.cpp``."""
+        """Of an engine: ``vllm``, ``vllm+zentorch``, ``llama.cpp``, ``ik_llama.cpp``. SinterLM
+        inside vLLM lives in the environment of the vLLM that it is compared with."""
+        if name == "vllm+sinterlm" and name not in self.environments:
+            return self.environment("vllm")
         return Environment(self.environments.get(name, self.root / name))
 
 
@@ -38,6 +47,7 @@ def names() -> list[str]:
     """Every engine that is known by name."""
     known = [f"sinterlm:{precision}" for precision in PRECISIONS]
     known += ["vllm", "vllm+zentorch"]
+    known += ["vllm+sinterlm" + end for end in ("", ":int8", ":int4")]
     return known + [f"{p}:{kind}" for p in ("llama.cpp", "ik_llama.cpp") for kind in _GGUF]
 
 
@@ -53,9 +63,9 @@ def engine_of(text: str, home: Home) -> Engine:
     project, _, precision = text.partition(":")
     if project == "sinterlm" and (precision or "bf16") in PRECISIONS:
         return SinterLM(precision or "bf16")
-    if project in ("vllm", "vllm+zentorch") and precision in ("", "bf16"):
-        is_zen = project == "vllm+zentorch"
-        return VLLM(home.environment(project), home.cpu_ids, is_zen)
+    if project in _VLLM and (precision or "bf16") in ("bf16", *_VLLM[project][1]):
+        addition = _VLLM[project][0]
+        return VLLM(home.environment(project), home.cpu_ids, addition, precision or "bf16")
     if project in ("llama.cpp", "ik_llama.cpp") and (precision or "bf16") in _GGUF:
         environment = home.environment(project)
         return LlamaServer(project, environment, len(home.cpu_ids), precision or "bf16")
@@ -83,12 +93,12 @@ def _unknown_engine(label: str, rest: str) -> Engine:
 def install(name: str, home: Home) -> Path:
     """Install an engine into its own environment; where. Raises UsageError, RuntimeFault."""
     environment = home.environment(name)
-    if name in ("vllm", "vllm+zentorch"):
-        vllm.install(environment, name == "vllm+zentorch")
+    if name in _VLLM:
+        vllm.install(environment, _VLLM[name][0])
     elif name == "llama.cpp":
         llama.install(environment)
     else:
         raise UsageError(
-            f"{name!r} is not installed by us; known are vllm, vllm+zentorch and llama.cpp"
+            f"{name!r} is not installed by us; known are {', '.join(_VLLM)} and llama.cpp"
         )
     return environment.root

@@ -9,7 +9,8 @@ from sinterlm.commands.bench.sweep import add_home_flags, home_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the subcommand takes."""
-    parser.add_argument("name", metavar="ENGINE", help="vllm, vllm+zentorch or llama.cpp")
+    parser.add_argument("name", metavar="ENGINE",
+                        help="vllm, vllm+zentorch, vllm+sinterlm or llama.cpp")  # fmt: skip
     add_home_flags(parser.add_argument_group("place"))
 
 

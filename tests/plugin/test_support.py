@@ -1,0 +1,64 @@
+"""What is left to vLLM, and why; what is compiled for the rest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sinterlm.plugin.support import compile_options, refusal
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """A VllmConfig as far as it is read; ``model__dtype=...`` changes a field of a part."""
+    made = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cpu"),
+        model_config=SimpleNamespace(
+            model="org/m", revision=None, dtype="torch.bfloat16", runner_type="generate",
+            quantization=None, hf_overrides={}, enable_prompt_embeds=False, max_model_len=512,
+        ),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
+        lora_config=None,
+        kv_transfer_config=None,
+        speculative_config=None,
+    )  # fmt: skip
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            setattr(getattr(made, f"{part}_config"), field, value)
+        else:
+            setattr(made, name, value)
+    return made
+
+
+def test_a_plain_model_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINTERLM_QUANTIZATION", "int8")
+    assert refusal(config()) is None
+    options = compile_options(config(load__load_format="dummy"))
+    assert (options.model, options.dtype, options.max_model_len) == ("org/m", "bf16", 512)
+    assert (options.quantization, options.load_format) == ("int8", "dummy")
+    assert refusal(config(speculative_config=SimpleNamespace(method="ngram"))) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"device__device_type": "cuda"}, "device cuda"),
+        ({"model__dtype": "torch.float16"}, "float16"),
+        ({"model__runner_type": "pooling"}, "pooling"),
+        ({"model__quantization": "awq"}, "awq"),
+        ({"model__hf_overrides": {"rope": 1}}, "hf_overrides"),
+        ({"model__enable_prompt_embeds": True}, "embeddings"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"parallel__pipeline_parallel_size": 2}, "pipeline"),
+        ({"parallel__tensor_parallel_size": 2}, "tensor"),
+        ({"cache__cache_dtype": "fp8"}, "fp8"),
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "eagle"),
+    ],
+)
+def test_what_is_left_to_vllm(change: dict[str, Any], told: str) -> None:
+    assert told in (refusal(config(**change)) or "")
