@@ -8,6 +8,7 @@ read to its end, within bounds: closing earlier would reset the connection, and 
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -21,6 +22,9 @@ MAX_HEAD_BYTES = 64 << 10  #: request line and headers
 MAX_HEADERS = 128
 MAX_URL_BYTES = 8 << 10
 MAX_UNWANTED_BYTES = 64 << 20  #: of a body whose request has been answered
+#: Of an answer, in the kernel, for a client that is slow to read. Linux would grow it to 4 MiB, where
+#: a client that reads nothing looks like one that reads all.
+SEND_BUFFER_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: object) -> None:
         """A client that connects owes a head."""
         super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn itself
+        peer = self.transport.get_extra_info("socket")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._head_since = time.monotonic()
 
     def data_received(self, data: bytes) -> None:

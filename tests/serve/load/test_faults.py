@@ -107,7 +107,7 @@ def test_a_slow_reader_gets_everything_and_hinders_nobody(
     known: list[Case], expected: list[Outcome]
 ) -> None:
     async def beside(server: ServerProcess) -> tuple[Outcome, list[Outcome], bool]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=256)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=4096)
         writer.write(known[3].encoded())
         slow = Outcome()
         reading = asyncio.create_task(read(reader, slow, pause_s=0.1))
