@@ -74,7 +74,7 @@ def test_on_names_our_classes(monkeypatch: pytest.MonkeyPatch, registered: dict[
     monkeypatch.setattr(plugin, "vllm_version", lambda: "0.32.0+cpu")
     monkeypatch.setenv("SINTERLM_VLLM", "on")
     plugin.register()
-    assert registered["LlamaForCausalLM"] == "sinterlm.plugin.models:SinterLlamaForCausalLM"
+    assert registered["LlamaForCausalLM"] == "sinterlm.plugin.choice:SinterLlamaForCausalLM"
     assert set(registered) == set(plugin.ARCHITECTURES)
 
 

@@ -14,9 +14,9 @@ from sinterlm.errors import UsageError
 from sinterlm.plugin.switch import read_switch
 
 #: Minor versions of vLLM whose model, attention and KV interfaces are known.
-KNOWN_VERSIONS = ("0.32",)
+KNOWN_VERSIONS = ("0.30", "0.31", "0.32")
 
-#: Architecture -> our class in ``sinterlm.plugin.models``.
+#: Architecture -> our class.
 ARCHITECTURES = {
     "LlamaForCausalLM": "SinterLlamaForCausalLM",
     "MistralForCausalLM": "SinterMistralForCausalLM",
@@ -45,7 +45,7 @@ def register() -> None:
     from sinterlm.plugin.counters import share_counters
 
     for architecture, name in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, f"sinterlm.plugin.models:{name}")
+        ModelRegistry.register_model(architecture, f"sinterlm.plugin.choice:{name}")
     share_counters()
 
 

@@ -22,8 +22,8 @@ MAX_HEAD_BYTES = 64 << 10  #: request line and headers
 MAX_HEADERS = 128
 MAX_URL_BYTES = 8 << 10
 MAX_UNWANTED_BYTES = 64 << 20  #: of a body whose request has been answered
-#: Of an answer, in the kernel, for a client that is slow to read. Linux would grow it to 4 MiB, where
-#: a client that reads nothing looks like one that reads all.
+#: Of an answer, in the kernel, for a client that is slow to read. Linux would grow it to 4 MiB,
+#: where a client that reads nothing looks like one that reads all.
 SEND_BUFFER_BYTES = 128 << 10
 
 
