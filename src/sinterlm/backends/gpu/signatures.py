@@ -1,0 +1,72 @@
+"""The arguments of every GPU kernel that are not constants, with their types, in order.
+
+Pointers are ``*type``, scalars ``i32`` or ``i64``. All else in a kernel's signature is a constant
+that it is compiled for. One table for the compiler, the launch table, the interpreter and the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A kernel of ``kernels/<module>.py``."""
+
+    name: str
+    module: str
+    args: dict[str, str]  #: type by name, in order
+
+    def is_aligned(self, arg: str) -> bool:
+        """Whether the caller promises a multiple of 16 (bytes, or elements of a stride)."""
+        return self.args[arg].startswith("*") or arg in STRIDES
+
+    def is_below_2gb(self, arg: str) -> bool:
+        """Whether all that a pointer leads to lies within 2 GB: offsets then take 32 bits."""
+        return self.args[arg].startswith("*") and arg not in PAGES
+
+
+#: Strides of KV pages, in elements.
+STRIDES = ("page_stride", "token_stride", "head_stride")
+#: Pointers into KV memory, which may be larger than 2 GB.
+PAGES = ("k_base", "v_base")
+
+_GEMM = {"parts": "*fp32", "counters": "*i32", "num_tokens": "i32"}
+_PAGED = {"page_tokens": "i32", "page_stride": "i64", "token_stride": "i32", "head_stride": "i32"}
+_BEST = {"best": "*fp32", "tops": "*fp32", "best_ids": "*i32"}
+
+SIGNATURES: dict[str, Signature] = {
+    s.name: s
+    for s in (
+        Signature("embed_norm", "norm", {
+            "tokens": "*i32", "slots": "*i32", "drawn": "*i32", "table": "*bf16", "norm": "*fp32",
+            "x": "*fp32", "xw": "*bf16", "ssq": "*fp32",
+        }),
+        Signature("norm_qkv_rope_kv", "attention", {
+            "xw": "*bf16", "ssq": "*fp32", "w": "*bf16", "bias": "*fp32", "q_norm": "*fp32",
+            "k_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i32",
+            "kv_slots": "*i32", "q": "*bf16", "k_base": "*bf16", "v_base": "*bf16", **_GEMM,
+            **_PAGED,
+        }),
+        Signature("attention", "attention", {
+            "q": "*bf16", "y": "*bf16", "k_base": "*bf16", "v_base": "*bf16",
+            "page_table": "*i32", "query_start": "*i32", "context_lens": "*i32",
+            "part_o": "*fp32", "part_ml": "*fp32", "counters": "*i32", "num_seqs": "i32",
+            "table_stride": "i32", **_PAGED,
+        }),
+        Signature("residual_matmul", "matmul", {
+            "a": "*bf16", "w": "*bf16", "bias": "*fp32", "norm": "*fp32", "x": "*fp32",
+            "xw": "*bf16", "ssq": "*fp32", **_GEMM,
+        }),
+        Signature("norm_gate_up_act", "mlp", {
+            "xw": "*bf16", "ssq": "*fp32", "w": "*bf16", "bias": "*fp32", "h": "*bf16", **_GEMM,
+        }),
+        Signature("lm_head", "sample", {
+            "xw": "*bf16", "ssq": "*fp32", "rows": "*i32", "w": "*bf16", "temperature": "*fp32",
+            "seeds": "*u64", "draws": "*i32", "logits": "*fp32", **_BEST, "num_rows": "i32",
+        }),
+        Signature("merge_rows", "sample", {
+            **_BEST, "slots": "*i32", "ids": "*i32", "logprobs": "*fp32", "drawn": "*i32",
+        }),
+    )
+}  # fmt: skip

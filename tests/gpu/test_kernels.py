@@ -1,0 +1,279 @@
+"""GPU kernels against float64 at odd shapes: rows that end within a tile, split depths, pages of
+any size, every group of query heads; what must not be read holds NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sinterlm.ir.bf16 import error_bound, round_bf16
+from sinterlm.ir.reference_attention import attend, visible
+from sinterlm.ir.reference_ops import silu
+from sinterlm.ir.reference_sampling import RowSampling, sample
+from tests.gpu import oplib
+from tests.gpu.oplib import EPS, QK_EPS, Paged, Tile
+
+pytestmark = pytest.mark.usefixtures("triton")
+
+
+def data(rows: int, k: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """a[rows, k], w[n, k] that bf16 holds."""
+    rng = np.random.default_rng(seed)
+    a, w = rng.normal(size=(rows, k)), rng.normal(size=(n, k)) / k**0.5
+    return round_bf16(a), round_bf16(w)
+
+
+def exact(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return a.astype("f8") @ w.astype("f8").T
+
+
+def scales(ssq: np.ndarray, hidden: int) -> np.ndarray:
+    return 1 / np.sqrt(ssq.astype("f8").sum(1, keepdims=True) / hidden + EPS)
+
+
+#: rows, k, n, tile: few rows and many, tails in both, every way to cut the depth.
+GEMMS = [
+    (1, 64, 64, Tile()),
+    (3, 320, 64, Tile(BN=16, SPLIT=4)),
+    (16, 192, 128, Tile(BN=64)),
+    (17, 128, 128, Tile(BK=128, NUM_XCD=8)),
+    (37, 192, 192, Tile(BM=16, BN=64, SPLIT=2, GROUP_M=2, NUM_XCD=3)),
+    (70, 128, 64, Tile(BM=64, BN=64)),
+]
+
+
+@pytest.mark.parametrize(("rows", "k", "n", "tile"), GEMMS)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_residual(rows: int, k: int, n: int, tile: Tile, has_bias: bool) -> None:
+    a, w = data(rows, k, n)
+    rng = np.random.default_rng(1)
+    bias, norm, x = (rng.normal(size=s).astype("f4") for s in (n, n, (rows, n)))
+    out, xw, ssq = oplib.residual(a, w, bias if has_bias else None, norm, x, tile)
+    truth = x + exact(a, w) + (bias if has_bias else 0)
+    assert np.all(np.abs(out - truth) <= error_bound(a, w) + 4e-7 * (np.abs(truth) + 1))
+    assert np.array_equal(xw, round_bf16(out * norm))
+    assert np.allclose(ssq, (out.astype("f8") ** 2).reshape(rows, -1, 16).sum(-1), rtol=1e-6)
+
+
+def test_the_order_of_programs_never_shows() -> None:
+    """Splits are added in their order, whoever arrives last; counters end at zero each time."""
+    a, w = data(5, 512, 64)
+    x, norm = np.zeros((5, 64), "f4"), np.ones(64, "f4")
+    tile = Tile(SPLIT=4)
+    want = oplib.residual(a, w, None, norm, x, tile)[0]
+    for order in ("backward", 1):
+        assert np.array_equal(oplib.residual(a, w, None, norm, x, tile, order)[0], want)
+    swizzled = Tile(SPLIT=4, NUM_XCD=8, GROUP_M=2)
+    assert np.array_equal(oplib.residual(a, w, None, norm, x, swizzled)[0], want)
+
+
+def test_rows_do_not_see_each_other() -> None:
+    a, w = data(19, 128, 64)
+    x, norm, tile = np.zeros((19, 64), "f4"), np.ones(64, "f4"), Tile(SPLIT=2)
+    want = oplib.residual(a, w, None, norm, x, tile)[0]
+    for rows in (1, 7, 16):
+        assert np.array_equal(oplib.residual(a[:rows], w, None, norm, x[:rows], tile)[0],
+                              want[:rows])  # fmt: skip
+
+
+def test_nan_and_infinity_reach_exactly_their_outputs() -> None:
+    a, w = np.zeros((3, 64), "f4"), np.ones((64, 64), "f4")
+    a[1, 7], a[2, 9] = np.nan, np.inf
+    w[5, 9] = 0
+    norm, x = np.ones(64, "f4"), np.zeros((3, 64), "f4")
+    with np.errstate(invalid="ignore"):
+        out = oplib.residual(a, w, None, norm, x, Tile())[0]
+    assert not out[0].any()
+    assert np.isnan(out[1]).all()
+    assert np.isnan(out[2, 5]) and np.all(np.isinf(np.delete(out[2], 5)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "ffn", "tile"),
+    [
+        (1, 64, 64, Tile(BN=16)),
+        (5, 192, 100, Tile(BN=64, SPLIT=3)),
+        (33, 128, 136, Tile(BM=32, BN=32, GROUP_M=2, NUM_XCD=8)),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gate_up(rows: int, hidden: int, ffn: int, tile: Tile, has_bias: bool) -> None:
+    xw, gate = data(rows, hidden, ffn)
+    up = data(rows, hidden, ffn, seed=2)[1]
+    rng = np.random.default_rng(3)
+    biases = tuple(rng.normal(size=ffn).astype("f4") for _ in range(2)) if has_bias else None
+    ssq = rng.uniform(1, 20, size=(rows, hidden // 16)).astype("f4")
+    h = oplib.gate_up(xw, ssq, gate, up, biases, tile)
+    scale = scales(ssq, hidden)
+    g, u = exact(xw, gate) * scale, exact(xw, up) * scale
+    if biases is not None:
+        g, u = g + biases[0], u + biases[1]
+    truth = silu(g) * u
+    assert np.all(np.abs(h - truth) <= 2.0**-8 * np.abs(truth) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "dim", "has_norm", "page", "tile"),
+    [
+        (1, 3, 32, False, 16, Tile(BN=16)),
+        (4, 1, 64, True, 32, Tile(BN=32, SPLIT=2)),
+        (5, 2, 32, True, 16, Tile(BN=16, BM=32)),
+        (7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2)),
+        (8, 1, 128, False, 64, Tile(BN=64)),
+    ],
+)
+def test_qkv(group: int, kv_heads: int, dim: int, has_norm: bool, page: int, tile: Tile) -> None:
+    rng = np.random.default_rng(0)
+    step = Paged([5, 1, 20], [5, 33, 40], kv_heads, dim, page)
+    rows, hidden, total = 26, 256, kv_heads * (group + 2)
+    xw, w = data(rows, hidden, total * dim)
+    ssq = rng.uniform(5, 20, size=(rows, hidden // 16)).astype("f4")
+    bias = None if has_norm else rng.normal(size=total * dim).astype("f4")
+    norms = tuple(rng.normal(size=(2, dim)).astype("f4")) if has_norm else None
+    angle = np.outer(np.arange(64), 1e4 ** (-np.arange(0, dim, 2) / dim))
+    cos, sin = np.cos(angle).astype("f4"), np.sin(angle).astype("f4")
+    q = oplib.qkv(step, xw, ssq, w, bias, norms, (cos, sin), group, tile)
+
+    every = exact(xw, w) * scales(ssq, hidden) + (0 if bias is None else bias)
+    every = every.reshape(rows, kv_heads, group + 2, dim)
+    parts = {"q": every[:, :, :-2], "k": every[:, :, -2:-1]}
+    c, s = (table[step.positions][:, None].astype("f8") for table in (cos, sin))
+    for name, weight in zip(parts, norms or (None, None), strict=True):
+        x = parts[name].reshape(rows, -1, dim)
+        if weight is not None:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + QK_EPS) * weight
+        a, b = np.split(x, 2, axis=-1)
+        parts[name] = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    for got, want in (
+        (q.reshape(rows, -1, dim), parts["q"]),
+        (step.load(step.k), parts["k"]),
+        (step.load(step.v), every[:, :, -1]),
+    ):
+        assert np.all(np.abs(got - want) <= 2.0**-8 * (np.abs(want) + 0.05))
+    stored = 2 * rows * kv_heads * dim
+    assert sum((x != oplib.NAN16).sum() for x in (step.k, step.v)) == stored, "stray stores"
+
+
+def test_a_row_of_padding_stores_nothing() -> None:
+    step = Paged([1, 1], [3, 9], 1, 32, 16)
+    step.slots[1] = -1
+    xw, w = data(2, 64, 3 * 32)
+    ssq, table = np.ones((2, 4), "f4"), np.ones((16, 16), "f4")
+    oplib.qkv(step, xw, ssq, w, None, None, (table, table), 1, Tile(BN=16))
+    assert (step.k != oplib.NAN16).sum() == 32
+
+
+#: group, KV heads, head size, page, queries, contexts, window, tile, rows of a block
+ATTENTION = [
+    (1, 3, 32, 16, [3, 1], [3, 18], 0, 16, 16),
+    (4, 1, 64, 128, [9, 2], [150, 2], 100, 32, 32),
+    (5, 2, 32, 32, [20, 1], [60, 33], 0, 32, 16),
+    (7, 1, 64, 48, [1, 5, 1], [1, 31, 100], 24, 16, 16),
+    (8, 1, 128, 64, [17], [90], 0, 64, 128),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_of_prompts(case: tuple) -> None:
+    group, kv_heads, dim, page, queries, contexts, window, tile, block = case
+    step, q, want = attention_case(group, kv_heads, dim, page, queries, contexts, window)
+    y = oplib.attention(step, q, group, window, 1, tile, block)
+    check_attention(y, want)
+
+
+@pytest.mark.parametrize(("group", "segments"), [(1, 4), (5, 4), (7, 1), (8, 3)])
+@pytest.mark.parametrize("window", [0, 40])
+def test_attention_of_decoding_rows(group: int, segments: int, window: int) -> None:
+    """Ranges of keys, some of them empty, merged in order by the last; a context of 1 too."""
+    contexts = [1, 65, 130]
+    step, q, want = attention_case(group, 1, 32, 16, [1] * 3, contexts, window)
+    found = [
+        oplib.attention(step, q, group, window, segments, decode=True, order=order)
+        for order in ("forward", "backward")
+    ]
+    assert np.array_equal(*found)
+    check_attention(found[0], want)
+
+
+def test_a_sequence_of_padding_is_left_alone() -> None:
+    step, q, want = attention_case(4, 1, 32, 16, [1, 1], [20, 7], 0)
+    step.context_lens[1] = 0
+    y = oplib.attention(step, q, 4, 0, 2, decode=True)
+    check_attention(y[:1], tuple(w[:1] for w in want))
+    assert np.isnan(y[1]).all()
+
+
+def attention_case(
+    group: int, kv_heads: int, dim: int, page: int, queries: list[int], contexts: list[int],
+    window: int,
+) -> tuple[Paged, np.ndarray, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """A step, its queries, and (y, the same with |v|) in float64."""
+    rng = np.random.default_rng(1)
+    step = Paged(queries, contexts, kv_heads, dim, page)
+    q = round_bf16(rng.normal(size=(sum(queries), kv_heads * group * dim)))
+    y, size = np.zeros(q.shape), np.zeros(q.shape)
+    for seq, length in enumerate(contexts):
+        k, v = round_bf16(rng.normal(size=(2, length, kv_heads, dim)))
+        step.store(seq, k, v)
+        mine = step.seqs == seq
+        heads = q[mine].reshape(-1, kv_heads * group, dim).astype("f8")
+        mask = visible(step.positions[mine], length, window)
+        for out, values in ((y, v), (size, np.abs(v))):
+            found = attend(heads, k.astype("f8"), values.astype("f8"), mask, dim**-0.5, _same)
+            out[mine] = found.reshape(len(found), -1)
+    return step, q, (y, size)
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def check_attention(y: np.ndarray, want: tuple[np.ndarray, np.ndarray]) -> None:
+    """Probabilities are rounded to bf16, 2^-8 of each, and then the output; the rest is fp32."""
+    truth, size = want
+    assert np.all(np.abs(y - truth) <= 2.0**-8 * (size + np.abs(truth)) + 2e-6)
+
+
+@pytest.mark.parametrize("tile", [Tile(BN=64), Tile(BM=16, BN=32, GROUP_M=2, NUM_XCD=8)])
+def test_head_and_draw(tile: Tile) -> None:
+    """Greedy rows and warm ones; the id, its logprob, ties to the lower id, the slot."""
+    xw, w = data(21, 128, 131)
+    rows = [0, 20, 3, *range(4, 19)]
+    w[77], w[130] = w[12], w[12]
+    xw[3] = 8 * w[12]
+    ssq = np.random.default_rng(5).uniform(1, 9, size=(21, 8)).astype("f4")
+    heat = [0.0, 0.7, 0.0, *[1.3] * 15]
+    seeds = [2**64 - 1 - i for i in range(18)]
+    draws = list(range(100, 118))
+    slots = [3, -1, 0, *[-1] * 15]
+    logits, ids, logprobs, drawn = oplib.draw(xw, ssq, rows, w, heat, seeds, draws, tile, slots)
+    truth = (exact(xw, w) * scales(ssq, 128))[rows]
+    bound = (error_bound(xw, w) * scales(ssq, 128))[rows]
+    assert np.all(np.abs(logits - truth) <= bound + 2e-6 * (np.abs(truth) + 1))
+    assert ids[2] == 12
+    for i in range(len(rows)):
+        want = sample(logits[i], RowSampling(heat[i], seed=seeds[i], position=draws[i]))
+        assert ids[i] == want.token_id or want.gap < 1e-4
+        assert abs(logprobs[i] - want.logprob) < 1e-5
+    assert list(drawn) == [ids[2], -1, -1, ids[0]]
+
+
+@pytest.mark.parametrize(("in_tiles", "width"), list(itertools.product([True, False], [64, 128])))
+def test_embed(in_tiles: bool, width: int) -> None:
+    rng = np.random.default_rng(6)
+    table = round_bf16(rng.normal(size=(131, 128)))
+    norm = rng.normal(size=128).astype("f4")
+    ids, drawn = [0, 130, -1, 64, 63], [7, 65]
+    x, xw, ssq = oplib.embed(ids, table, norm, in_tiles, [0, 0, 1, 0, 0], drawn, width)
+    assert np.array_equal(x, table[[0, 130, 65, 64, 63]])
+    assert np.array_equal(xw, round_bf16(x * norm))
+    assert np.allclose(ssq, (x**2).reshape(5, -1, 16).sum(-1), rtol=1e-6)
+
+
+def test_leaving_a_buffer_is_seen() -> None:
+    a, w = data(2, 64, 64)
+    with pytest.raises(IndexError, match="residual_matmul leaves its buffers"):
+        oplib.residual(a, w[:, :64], None, np.ones(48, "f4"), np.zeros((2, 64), "f4"), Tile())
