@@ -105,8 +105,9 @@ def bundle_folder(model: str) -> str | None:
 
 def resolve(options: CompileOptions, progress: Progress) -> Job:
     """Settle every "auto" and refuse what cannot be compiled. Raises UsageError, BundleError."""
-    if options.target != "cpu":
-        raise UsageError(f"--target {options.target!r} is not supported; supported: cpu")
+    from sinterlm.backends.targets import find_backend
+
+    backend = find_backend(options)
     if options.dtype not in ("auto", "bf16", "fp32"):
         raise UsageError(f"--dtype {options.dtype!r} is not supported; supported: auto, bf16, fp32")
     if options.kv_cache_dtype not in ("auto", "bf16", "int8"):
@@ -126,12 +127,12 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
             options.dump_dir.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise UsageError(f"--dump-dir {options.dump_dir}: {exc.strerror}") from exc
-    from sinterlm.backends.cpu.backend import CpuBackend
     from sinterlm.passes.formats import scheme_of
 
     scheme_of(options)  # refuses one that there is not
-    backend, cache = CpuBackend(), Cache.at(locate_cache(options.cache_dir))
-    isa = backend.resolve_isa(options.isa or env_text("SINTERLM_ISA"))
+    cache = Cache.at(locate_cache(options.cache_dir))
+    named = env_text("SINTERLM_ISA") if options.target == "cpu" else None
+    isa = backend.resolve_isa(options.isa or named)
     toolchain = backend.toolchain(isa, cache.memo)
     dtype: DTypeName = "fp32" if options.dtype == "fp32" else "bf16"
     return Job(options, dtype, isa, backend, toolchain, cache, progress)
@@ -196,7 +197,8 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     stored = checkpoint.codes_for(job.dtype, are_asked=scheme.bits is not None)
     # What is made up is as even as weights can be, and slow to draw twice.
     error_of = measured(checkpoint.read_exact) if checkpoint.files else None
-    made = plan(graph, job.options.dump_dir, scheme, stored, error_of)
+    order = job.backend.weight_order
+    made = plan(graph, job.options.dump_dir, scheme, stored, error_of, order)
     if scheme.act is not None and not made.graph.formats:
         raise UsageError(
             "--act-dtype says what stands beside quantised weights, and there are none; give "
@@ -210,7 +212,7 @@ def emit(job: Job, plan: Plan) -> str:
     job.progress.stage("emit code")
     source = job.backend.emit(plan, job.isa)
     if job.options.dump_dir is not None:
-        (job.options.dump_dir / "model.cpp").write_text(source, encoding="utf-8")
+        (job.options.dump_dir / job.backend.source_name).write_text(source, encoding="utf-8")
     return source
 
 
@@ -244,11 +246,12 @@ def build_library(job: Job, source: str, model: str) -> Iterator[CodeEntry]:
 
     def write(folder: Path) -> None:
         require_space(folder, _CODE_BYTES)
-        job.backend.build(source, job.isa, folder / "built.so", job.cache.memo)
+        names, built = job.backend, folder / "built"
+        job.backend.build(source, job.isa, built, job.cache.memo)
         # Written again by us: the linker's file has the mode bits of its umask, not ours.
-        library = write_file(folder / "model.so", (folder / "built.so").read_bytes())
-        (folder / "built.so").unlink()
-        text = write_file(folder / "model.cpp", source.encode())
+        library = write_file(folder / names.library_name, built.read_bytes())
+        built.unlink()
+        text = write_file(folder / names.source_name, source.encode())
         entry = CodeEntry(identity, library, text, model, time.time())
         write_file(folder / "code.json", strict.to_json(entry).encode())
 

@@ -321,7 +321,7 @@ def test_pin_of_a_compiled_model(world: World) -> None:
         ({"quantization": "int4", "act_dtype": "bf16", "dtype": "fp32"}, "--act-dtype bf16.*fp32"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype 'fp8' is not.*auto, bf16, int8"),
         ({"kv_cache_dtype": "bf16", "dtype": "fp32"}, "--kv-cache-dtype bf16.*auto or int8"),
-        ({"target": "gfx942"}, "'gfx942' is not supported; supported: cpu"),
+        ({"target": "tpu"}, "'tpu' is not supported; supported: cpu, gfx942"),
         ({"dtype": "fp16"}, "'fp16' is not supported; supported: auto, bf16, fp32"),
         ({"load_format": "pickle"}, "auto or dummy"),
         ({"isa": "sse9"}, "sse9.*avx512bf16"),

@@ -100,8 +100,9 @@ def _check_machine(manifest: Manifest) -> None:
     """Raises BundleError unless this machine can run what the bundle was built for."""
     if manifest.target != "cpu":
         raise BundleError(
-            f"the bundle is built for target {manifest.target!r}, and this version runs cpu alone; "
-            "rebuild it with `sinterlm compile MODEL`"
+            f"the bundle is compiled for target {manifest.target!r}, and this version runs cpu "
+            "alone; `sinterlm inspect` shows its kernels, and `sinterlm compile MODEL` makes one "
+            "for this machine's CPU"
         )
     check_isa(manifest.isa)
 

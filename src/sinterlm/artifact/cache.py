@@ -1,6 +1,6 @@
 """The content-addressed cache: code and packed weights by two keys, bundles that name them.
 
-    <cache>/code/<key>/      code.json  model.so  model.cpp
+    <cache>/code/<key>/      code.json  model.so  model.cpp (of a GPU: model.gpu  model.table)
     <cache>/weights/<key>/   weights.json  weights-00000.bin
     <cache>/bundles/<key>/   manifest.json  text.json     key = SHA-256 of manifest.json; its paths
                              lead to ../../code/<key>/model.so and ../../weights/<key>/…
@@ -65,10 +65,17 @@ def load_code(folder: Path, key: str) -> CodeEntry:
     """A code entry whose library is safe to load and has its content. Raises BundleError."""
     entry = read_entry(CodeEntry, folder / "code.json")
     _check_key(entry.identity.key, key, folder)
-    library = folder / "model.so"
+    library = folder / plain_name(entry.library.path)
     check_safe(library)
     check_content(library, entry.library.nbytes, entry.library.sha256)
     return entry
+
+
+def plain_name(path: str) -> str:
+    """``path``, of a file in an entry's own folder. Raises BundleError for any other."""
+    if os.path.basename(path) != path or path in ("", ".", ".."):
+        raise BundleError(f"{path[:80]!r} leads out of a cache entry")
+    return path
 
 
 def load_weights(folder: Path, key: str) -> WeightsEntry:

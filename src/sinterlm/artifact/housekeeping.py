@@ -21,6 +21,7 @@ from sinterlm.artifact.cache import (
     load_bundle,
     load_code,
     load_weights,
+    plain_name,
     read_entry,
 )
 from sinterlm.artifact.keys import CodeEntry, WeightsEntry
@@ -180,7 +181,7 @@ def _verify_one(kind: str, folder: Path) -> None:
     key = folder.name
     if kind == "code":
         code = load_code(folder, key)
-        check_content(folder / "model.cpp", code.source.nbytes, code.source.sha256)
+        check_content(folder / plain_name(code.source.path), code.source.nbytes, code.source.sha256)
     elif kind == "weights":
         packed = load_weights(folder, key)
         path = folder / "weights-00000.bin"

@@ -80,7 +80,7 @@ class Manifest:
     format_version: int
     abi_version: int
     sinterlm_version: str
-    target: str  #: "cpu"
+    target: str  #: "cpu", or a GPU such as "gfx942"
     isa: str
     dtype: str  #: "bf16" | "fp32"
     quantization: str | None  #: of most weights: "int8" or "int4" and its format; None = dtype

@@ -105,7 +105,7 @@ def package_stamp() -> str:
     found = [_PACKAGE / "compile.py", _PACKAGE / "options.py"]
     for part in _COMPILE_SIDE:
         for base, _, names in os.walk(_PACKAGE / part):
-            found += [Path(base) / n for n in names if n.endswith((".py", ".h"))]
+            found += [Path(base) / n for n in names if n.endswith((".py", ".h", ".json"))]
     total = hashlib.sha256()
     for path in sorted(found):
         st = path.stat()

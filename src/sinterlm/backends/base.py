@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sinterlm.artifact.memo import Memo
-from sinterlm.ir.plan import Plan
+from sinterlm.ir.plan import MatrixOrder, Plan
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,21 @@ class Backend(Protocol):
     @property
     def target(self) -> str:
         """The name that ``--target`` takes."""
+        ...
+
+    @property
+    def library_name(self) -> str:
+        """File name of what ``build`` makes."""
+        ...
+
+    @property
+    def source_name(self) -> str:
+        """File name of what ``emit`` makes."""
+        ...
+
+    @property
+    def weight_order(self) -> MatrixOrder:
+        """How matrices are packed."""
         ...
 
     def resolve_isa(self, isa: str | None) -> str:

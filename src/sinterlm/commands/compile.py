@@ -95,5 +95,5 @@ def _print(facts: dict[str, Any], name: object) -> None:
         f"{show_bytes(facts['weights_bytes'])}, {facts['seconds']:.1f} s"
     )
     print(f"bundle  {facts['bundle']}\nsha256  {facts['bundle_sha256']}")
-    if facts["weights_bytes"]:
+    if facts["weights_bytes"] and facts["target"] == "cpu":
         print(f"run it with: sinterlm run {name} --chat", file=sys.stderr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sinterlm.artifact.manifest import ModelShape, kv_token_bytes
@@ -39,6 +39,7 @@ class Subject:
     dtype: str
     quantization: str | None  #: format of most weights and where its codes come from
     kv_cache_dtype: str
+    target: str
     isa: str
     max_model_len: int  #: tokens
     shape: dict[str, Any]
@@ -145,8 +146,8 @@ def look(options: CompileOptions) -> Subject:
     from sinterlm.artifact.bundle import check_compiled_as, is_bundle, open_bundle
 
     if is_bundle(options.model):
-        bundle = open_bundle(options.model, bundle_sha256=options.bundle_sha256)
-        check_compiled_as(bundle.manifest, options)
+        bundle = open_bundle(options.model, bundle_sha256=options.bundle_sha256, any_isa=True)
+        check_compiled_as(bundle.manifest, _any_target(options, bundle))
         return _of_bundle(bundle)
     from sinterlm import compile as compiler
     from sinterlm.commands.ui import TerminalProgress
@@ -163,6 +164,7 @@ def look(options: CompileOptions) -> Subject:
                 dtype=job.dtype,
                 quantization=main_format(plan.graph, checkpoint.origin),
                 kv_cache_dtype=plan.graph.kv_dtype,
+                target=job.backend.target,
                 isa=job.isa,
                 max_model_len=compiler.model_len(options, config),
                 shape=asdict(compiler.model_shape(config)),
@@ -176,6 +178,12 @@ def look(options: CompileOptions) -> Subject:
             )
 
 
+def _any_target(options: CompileOptions, bundle: Bundle) -> CompileOptions:
+    """What is looked at need not run here: no --target means any."""
+    is_given = options.target != CompileOptions(options.model).target
+    return options if is_given else replace(options, target=bundle.manifest.target)
+
+
 def _of_bundle(bundle: Bundle) -> Subject:
     manifest = bundle.manifest
     return Subject(
@@ -183,6 +191,7 @@ def _of_bundle(bundle: Bundle) -> Subject:
         dtype=manifest.dtype,
         quantization=manifest.quantization,
         kv_cache_dtype=manifest.kv_cache_dtype,
+        target=manifest.target,
         isa=manifest.isa,
         max_model_len=manifest.max_model_len,
         shape=asdict(manifest.shape),
@@ -211,7 +220,8 @@ def gather(subject: Subject, step: tuple[int, int], machine: Slopes | None) -> d
             row["bound"] = "memory" if load.is_memory_bound(*pair) else "compute"
         rows.append(row)
     facts: dict[str, Any] = {
-        "model": subject.model, "dtype": subject.dtype, "isa": subject.isa,
+        "model": subject.model, "dtype": subject.dtype, "target": subject.target,
+        "isa": subject.isa,
         "quantization": subject.quantization,
         "kv_cache_dtype": subject.kv_cache_dtype,
         "max_model_len": subject.max_model_len, "shape": subject.shape,
@@ -234,6 +244,10 @@ def gather(subject: Subject, step: tuple[int, int], machine: Slopes | None) -> d
         facts["bundle"] = {"path": str(subject.bundle.root),
                            "sha256": subject.bundle.manifest_sha256,
                            "library_bytes": subject.bundle.manifest.library.nbytes}  # fmt: skip
+    if subject.target != "cpu":
+        from sinterlm.commands.inspect_gpu import launch_facts
+
+        facts["launches"] = launch_facts(subject)
     return facts
 
 

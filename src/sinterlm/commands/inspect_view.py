@@ -8,6 +8,7 @@ from typing import Any
 from sinterlm.artifact.manifest import show_dtypes
 from sinterlm.artifact.storage import show_bytes
 from sinterlm.commands.inspect import Subject
+from sinterlm.commands.inspect_gpu import print_launches
 from sinterlm.commands.ui import print_table, show_count
 
 
@@ -15,6 +16,8 @@ def print_subject(subject: Subject, facts: dict[str, Any], all_layers: bool) -> 
     """Every table that ``facts`` (of ``inspect.gather``) has the numbers for, on stdout."""
     _print_head(subject, facts)
     _print_ops(facts, all_layers)
+    if "launches" in facts:
+        print_launches(facts["launches"])
     if "graph" in facts:
         _print_graph(facts["graph"], all_layers)
         _print_packing(facts["packing"], all_layers)

@@ -6,11 +6,11 @@ writes them down. Packed layouts:
 * ``panels``: the GEMM operand W[N, K] as ``[N/64][K/P][64][P]`` (P = 2 for bf16, 1 for fp32): 64
   output columns side by side, pairs of k adjacent. N is padded to 64 and K to 16, with zeros.
 * ``panels`` in codes (``format``): per panel of 64 columns, in it per group of k, the codes, then
-  64 scales, then 64 offsets where the format has them, so that one stream feeds a worker.
-  8 bits: ``[group/4][64][4]`` bytes. 4 bits: ``[group/8][64][4]`` bytes, the low nibbles being one
-  quad of k and the high nibbles the next. Scales are fp16, or fp32 where a group is all of k;
-  offsets are fp32. The last group of a K that is no multiple of it is shorter. N is padded to 64
-  with scales of zero, K to 64 (the activations' group, where smaller) with codes that mean zero.
+  64 scales (fp16, or fp32 where a group is all of k), then 64 fp32 offsets where the format has
+  them, so that one stream feeds a worker. 8 bits: ``[group/4][64][4]`` bytes. 4 bits:
+  ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
+  N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
+* ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side; bf16 alone.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -22,6 +22,9 @@ from typing import Literal
 
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import GemmFormat
+
+#: How a target wants its GEMM operands.
+MatrixOrder = Literal["panels", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PackedTensor:
     """One tensor of the weights file. ``offset`` is a multiple of 64 bytes."""
 
     name: str  #: "embed", "lm_head", "final_norm", "layers.3.qkv", "layers.3.qkv_bias", …
-    kind: Literal["panels", "rows", "vector"]
+    kind: Literal["panels", "tiles", "rows", "vector"]
     dtype: Literal["bf16", "fp32", "int8", "int4"]  #: the last two: in codes, see ``format``
     n: int  #: columns (rows of an embedding table), padded
     k: int  #: padded depth; 1 for a vector

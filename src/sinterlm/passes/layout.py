@@ -17,7 +17,7 @@ from sinterlm.ir.ops import (
     NormQkvRopeKv,
     OResidual,
 )
-from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
+from sinterlm.ir.plan import MatrixOrder, PackedTensor, Segment, WeightLayout
 from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
 LANES = 16  #: columns that a kernel finishes together
@@ -38,9 +38,9 @@ def hidden_width(graph: Graph) -> int:
     return round_up(graph.config.hidden_size, PANEL if in_codes else LANES)
 
 
-def layout_weights(graph: Graph) -> WeightLayout:
-    """Lay out the weights of a fused graph."""
-    return _Layout(graph).build()
+def layout_weights(graph: Graph, order: MatrixOrder = "panels") -> WeightLayout:
+    """Lay out the weights of a fused graph, GEMM operands in ``order``."""
+    return _Layout(graph, order).build()
 
 
 def layout_hash(tensors: Sequence[PackedTensor], nbytes: int) -> int:
@@ -58,8 +58,8 @@ def layout_hash(tensors: Sequence[PackedTensor], nbytes: int) -> int:
 class _Layout:
     """Places tensors one after the other."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, order: MatrixOrder) -> None:
+        self.graph, self.order = graph, order
         self.config = graph.config
         self.hidden = hidden_width(graph)
         self.tensors: list[PackedTensor] = []
@@ -159,7 +159,7 @@ class _Layout:
         """A GEMM operand of ``columns`` columns and padded depth."""
         k_real = self.graph.weights[segments[0].weight].shape[1]
         form = self.graph.formats.get(segments[0].weight)
-        self.place(name, "panels", round_up(columns, PANEL), depth, k_real, segments, form)
+        self.place(name, self.order, round_up(columns, PANEL), depth, k_real, segments, form)
 
     def vector(self, name: str, n: int, segments: Sequence[Segment]) -> None:
         """fp32 [n]."""
@@ -168,7 +168,7 @@ class _Layout:
     def place(
         self,
         name: str,
-        kind: Literal["panels", "rows", "vector"],
+        kind: Literal["panels", "tiles", "rows", "vector"],
         n: int,
         k: int,
         k_real: int,

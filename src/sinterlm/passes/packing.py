@@ -74,6 +74,9 @@ def unpack(tensor: PackedTensor, packed: NDArray[Any]) -> NDArray[Any]:
         return packed.reshape(tensor.n)
     if tensor.kind == "rows":
         return packed.reshape(tensor.n, tensor.k)
+    if tensor.kind == "tiles":
+        tiles = packed.reshape(tensor.n // PANEL, tensor.k // PANEL, PANEL, PANEL)
+        return tiles.transpose(0, 2, 1, 3).reshape(tensor.n, tensor.k)
     pair = 2 if tensor.dtype == "bf16" else 1
     panels = packed.reshape(tensor.n // PANEL, tensor.k // pair, PANEL, pair)
     return panels.transpose(0, 2, 1, 3).reshape(tensor.n, tensor.k)
@@ -96,7 +99,7 @@ def tensor_chunks(tensor: PackedTensor, read: Read) -> Iterator[NDArray[Any]]:
                 sources[segment.weight] = _matrix(tensor, segment.weight, read)
             rows = sources[segment.weight][segment.start :][lo - segment.at : hi - segment.at]
             columns[lo - first : hi - first, : tensor.k_real] = rows
-        yield _panels(columns) if tensor.kind == "panels" else columns
+        yield _ORDERS[tensor.kind](columns) if tensor.kind in _ORDERS else columns
 
 
 def coded_chunks(
@@ -179,3 +182,13 @@ def _panels(columns: NDArray[Any]) -> NDArray[Any]:
     words = columns.view(np.uint32)
     cut = words.reshape(len(words) // PANEL, PANEL, words.shape[1])
     return np.ascontiguousarray(cut.transpose(0, 2, 1)).view(columns.dtype)
+
+
+def _tiles(columns: NDArray[Any]) -> NDArray[Any]:
+    """[n, k] -> [n/64][k/64][64][64]."""
+    cut = columns.reshape(len(columns) // PANEL, PANEL, columns.shape[1] // PANEL, PANEL)
+    return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
+
+
+#: How the columns of a chunk are put in order, by the kind of tensor.
+_ORDERS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {"panels": _panels, "tiles": _tiles}

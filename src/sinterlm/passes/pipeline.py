@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
-from sinterlm.ir.plan import Plan
+from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import GemmFormat
 from sinterlm.ir.text import graph_text
 from sinterlm.ir.verify import verify
@@ -70,16 +70,18 @@ def plan(
     scheme: Scheme | None = None,
     stored: Mapping[str, GemmFormat] | None = None,
     error_of: ErrorOf | None = None,
+    order: MatrixOrder = "panels",
 ) -> Plan:
     """Fuse a graph of plain ops, choose the formats of its matrices, and place weights and
-    activations. ``stored`` are the formats of those whose codes the checkpoint brings.
+    activations. ``stored`` are the formats of those whose codes the checkpoint brings; ``order`` is
+    how the target wants its matrices.
 
     ``dump_dir`` receives ``00-frontend.txt``, then one file per pass. Raises PassError and
     VerifyError, both our own bugs, and what ``choose_formats`` raises.
     """
     fused = choose_formats(fuse(graph, dump_dir), scheme, stored, error_of)
     _dump(fused, len(PIPELINE) + 1, "formats", dump_dir)
-    return Plan(fused, layout_weights(fused), plan_memory(fused))
+    return Plan(fused, layout_weights(fused, order), plan_memory(fused))
 
 
 def fuse(graph: Graph, dump_dir: Path | None = None) -> Graph:

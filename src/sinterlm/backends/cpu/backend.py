@@ -10,7 +10,7 @@ from sinterlm.backends.base import Toolchain
 from sinterlm.backends.cpu import toolchain
 from sinterlm.backends.cpu.isa import best_isa, parse_isa
 from sinterlm.errors import CompileError
-from sinterlm.ir.plan import Plan
+from sinterlm.ir.plan import MatrixOrder, Plan
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class CpuBackend:
     """One C++ translation unit per model, compiled for one ISA level."""
 
     target: str = "cpu"
+    library_name: str = "model.so"
+    source_name: str = "model.cpp"
+    weight_order: MatrixOrder = "panels"
 
     def resolve_isa(self, isa: str | None) -> str:
         """``isa`` checked, or this machine's widest level. Raises UsageError for unknown names."""

@@ -78,9 +78,11 @@ def _amd_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
         assert found is not None, f"no {field} in the assembly"
         return int(found[1])
 
+    accumulators = number("agpr_count") if ".agpr_count" in text else 0  # RDNA has none
+
     occupancy = re.search(r"; Occupancy:\s*(\d+)", text)
     return {
-        "registers": number("vgpr_count") + number("agpr_count"),
+        "registers": number("vgpr_count") + accumulators,
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "private_bytes": number("private_segment_fixed_size"),
         "kernarg_bytes": number("kernarg_segment_size"),

@@ -1,0 +1,303 @@
+"""From a Plan to the launch table of one device: five launches per layer, and three more.
+
+Refuses by name the shapes that no kernel has. Nothing here needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sinterlm.backends.gpu.devices import Device
+from sinterlm.backends.gpu.signatures import SIGNATURES
+from sinterlm.backends.gpu.table import Axis, Buffer, Choice, Kernel, Launch, Table, Unit
+from sinterlm.backends.gpu.tuning import Entry, TileTable, cut_gemm, divisor, read_tiles
+from sinterlm.errors import CompileError, UnsupportedModelError
+from sinterlm.ir import ops
+from sinterlm.ir.plan import Plan
+
+#: Most sequences of a step; attention of prompts looks through so many.
+MAX_SEQS = 256
+
+_ONE = Axis("1")
+_ALIGN = 256  #: bytes of the arenas' buffers per unit, so that pointers are aligned for any count
+
+
+def launch_table(plan: Plan, device: Device) -> Table:
+    """Every launch of a step. Raises UnsupportedModelError for a shape no kernel has."""
+    return _Builder(plan, device, read_tiles(device.name)).build()
+
+
+def check_shape(plan: Plan) -> None:
+    """Raises UnsupportedModelError where the kernels' tiles do not fit the model."""
+    c = plan.graph.config
+    rules = (
+        (not plan.graph.formats, "weights in codes", "bf16"),
+        (c.head_dim in (32, 64, 128), f"head_dim {c.head_dim}", "32, 64 or 128"),
+        (c.hidden_size % 64 == 0, f"hidden_size {c.hidden_size}", "a multiple of 64"),
+        (c.num_heads * c.head_dim % 64 == 0, f"{c.num_heads} heads of {c.head_dim}",
+         "a multiple of 64 together"),
+        (c.group_size <= 64, f"{c.group_size} query heads per KV head", "at most 64"),
+    )  # fmt: skip
+    for holds, have, need in rules:
+        if not holds:
+            raise UnsupportedModelError(
+                f"{have} is not supported on a GPU; it must be {need}. `--target cpu` takes it"
+            )
+
+
+class _Builder:
+    """One table; kernels are numbered as they are asked for."""
+
+    def __init__(self, plan: Plan, device: Device, tiles: TileTable) -> None:
+        check_shape(plan)
+        self.plan, self.device, self.tiles = plan, device, tiles
+        self.config = plan.graph.config
+        self.kernels: list[Kernel] = []
+        self.choices: list[Choice] = []
+        self.slots: dict[str, tuple[object, ...]] = {}
+        self.scratch: dict[tuple[str, Unit], int] = {}
+        self.offsets = {t.name: t.offset for t in plan.layout.tensors}
+
+    def build(self) -> Table:
+        """Walk the ops."""
+        launches = [launch for op in self.plan.graph.ops for launch in self.launches(op)]
+        return Table(
+            self.device.name, self.facts(), self.buffers(), tuple(self.kernels), tuple(launches),
+            tuple(self.choices),
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, int]:
+        """What a host checks its arguments by."""
+        c, layout = self.config, self.plan.layout
+        return {
+            "layers": c.num_layers, "hidden": c.hidden_size, "heads": c.num_heads,
+            "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab": c.vocab_size,
+            "max_seqs": MAX_SEQS, "warp": self.device.warp,
+            "shared_bytes": self.device.shared_bytes, "layout_hash": layout.layout_hash,
+            "weights_bytes": layout.nbytes,
+        }  # fmt: skip
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        """The plan's activations, and what kernels keep to themselves behind them."""
+        found = [
+            Buffer(b.name, b.unit, b.nbytes, b.offset)
+            for b in self.plan.memory.buffers
+            if b.name != "gathered"
+        ]
+        ends: dict[str, int] = {"T": self.plan.memory.bytes_per_token,
+                                "R": self.plan.memory.bytes_per_row}  # fmt: skip
+        for (name, unit), nbytes in self.scratch.items():
+            at = -(-ends.get(unit, 0) // _ALIGN) * _ALIGN
+            found.append(Buffer(name, unit, nbytes, at))
+            ends[unit] = at + -(-nbytes // _ALIGN) * _ALIGN
+        return tuple(found)
+
+    # -- ops -------------------------------------------------------------------------------------
+
+    def launches(self, op: ops.Op) -> Iterator[Launch]:
+        """The launches of one fused op."""
+        c, h = self.config, self.config.hidden_size
+        if isinstance(op, ops.EmbedNorm):
+            tied = c.tie_word_embeddings
+            width = divisor(self.tiles.of("embed_norm")[0].tile["BN"], h)
+            yield self.simple(
+                "embed_norm", op.kind, -1, {"H": h, "IN_TILES": tied, "BN": width},
+                (Axis("T"), Axis("1", 1, h // width), _ONE),
+                table=self.weight("lm_head" if tied else "embed"),
+                norm=self.weight("layers.0.attn_norm"),
+            )  # fmt: skip
+        elif isinstance(op, ops.NormQkvRopeKv):
+            yield self.qkv(op)
+        elif isinstance(op, ops.Attention):
+            yield self.attention(op)
+        elif isinstance(op, ops.NormGateUpAct):
+            at, ffn = f"layers.{op.layer}", -(-c.intermediate_size // 64) * 64
+            bias = op.gate_bias or op.up_bias
+            yield self.gemm(
+                "norm_gate_up_act", op.kind, op.layer, ffn, h, 2,
+                {"F": ffn, "H": h, "EPS": op.eps, "HAS_BIAS": bias is not None},
+                w=self.weight(f"{at}.gate_up"), bias=self.weight(f"{at}.gate_up_bias", bias),
+            )  # fmt: skip
+        elif isinstance(op, ops.OResidual | ops.DownResidual):
+            yield self.residual(op)
+        elif isinstance(op, ops.NormLmHeadSample):
+            yield from self.head(op)
+        else:
+            raise CompileError(f"op {op.kind} has no GPU kernel; this is a fault of SinterLM")
+
+    def qkv(self, op: ops.NormQkvRopeKv) -> Launch:
+        """q, k and v; BN is half a head where the heads' norm needs all of one."""
+        dim, h, at = op.head_dim, self.config.hidden_size, f"layers.{op.layer}"
+        group = op.num_heads // op.num_kv_heads
+        bias = op.q_bias or op.k_bias or op.v_bias
+        constants = {
+            "H": h, "HKV": op.num_kv_heads, "GROUP": group, "D": dim, "EPS": op.eps,
+            "QK_EPS": op.qk_eps, "HAS_BIAS": bias is not None, "QK_NORM": op.q_norm is not None,
+        }  # fmt: skip
+        return self.gemm(
+            "norm_qkv_rope_kv", op.kind, op.layer, op.num_kv_heads * (group + 2) * dim // 2, h, 2,
+            constants, dim // 2, op.q_norm is not None,
+            w=self.weight(f"{at}.qkv"), bias=self.weight(f"{at}.qkv_bias", bias),
+            q_norm=self.weight(f"{at}.q_norm", op.q_norm),
+            k_norm=self.weight(f"{at}.k_norm", op.k_norm),
+            k_base=f"k:{op.layer}", v_base=f"v:{op.layer}",
+        )  # fmt: skip
+
+    def residual(self, op: ops.OResidual | ops.DownResidual) -> Launch:
+        """A projection back to the stream."""
+        is_down, layer, h = isinstance(op, ops.DownResidual), op.layer, self.config.hidden_size
+        name = f"layers.{layer}.{'down' if is_down else 'o'}"
+        depth = next(t.k for t in self.plan.layout.tensors if t.name == name)
+        norm = f"layers.{layer}.mlp_norm"
+        if is_down:
+            last = layer == self.config.num_layers - 1
+            norm = "final_norm" if last else f"layers.{layer + 1}.attn_norm"
+        constants = {"N": h, "K": depth, "A_PITCH": depth, "HAS_BIAS": op.bias is not None}
+        return self.gemm(
+            "residual_matmul", op.kind, layer, h, depth, 1, constants,
+            a=f"buffer:{'h' if is_down else 'y'}", w=self.weight(name),
+            bias=self.weight(f"{name}_bias", op.bias), norm=self.weight(norm),
+        )  # fmt: skip
+
+    def attention(self, op: ops.Attention) -> Launch:
+        """One kernel for steps of one token each, one for any; layers of one window share them."""
+        group = op.num_heads // op.num_kv_heads
+        slot = f"{op.kind}.window{op.window}" if op.window else op.kind
+        for which, kind in (("attention_decode", "decode"), ("attention", "any")):
+            entry = self.tiles.of(which)[0]
+            rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
+            segments, is_decode = entry.tile["SEGMENTS"], kind == "decode"
+            constants = {
+                "HKV": op.num_kv_heads, "GROUP": group, "D": op.head_dim, "SCALE": op.scale,
+                "WINDOW": op.window, "DECODE": is_decode, "SEQS": MAX_SEQS, "BM": rows,
+                "TILE": entry.tile["TILE"], "SEGMENTS": segments,
+                "DRAIN": self.device.drain if segments > 1 else "",
+            }  # fmt: skip
+            blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
+            grid = (blocks, Axis("1", 1, op.num_kv_heads), Axis("1", 1, segments))
+            if segments > 1:
+                assert is_decode, "ranges of keys are sized per sequence"
+                parts = op.num_kv_heads * segments * rows * 4
+                self.need("part_o", "S", parts * op.head_dim)
+                self.need("part_ml", "S", parts * 2)
+                self.need("attention_counters", "S", op.num_kv_heads * 4)
+            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, entry.options,
+                        entry.source), constants, grid, "S", kind)  # fmt: skip
+        has_parts = any(name == "part_o" for name, _ in self.scratch)
+        bound = {"k_base": f"k:{op.layer}", "v_base": f"v:{op.layer}",
+                 "counters": "buffer:attention_counters"}  # fmt: skip
+        if not has_parts:
+            bound |= dict.fromkeys(("part_o", "part_ml", "counters"), "null")
+        return Launch(slot, op.layer, self.bind("attention", bound))
+
+    def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
+        """Logits with the best of each block of them, and the merge."""
+        c, h = self.config, self.config.hidden_size
+        padded = -(-c.vocab_size // 64) * 64
+        widths = {cut_gemm(e, padded, h)["BN"] for e in self.tiles.of("lm_head")}
+        width = min(widths)  # one for all, so that one merge serves them
+        blocks = padded // width
+        for entry in self.tiles.of("lm_head"):
+            tile = cut_gemm(entry, padded, h, width)
+            constants = {"H": h, "V": c.vocab_size, "VP": padded, "EPS": op.eps,
+                         "KEEP_LOGITS": True, **self.gemm_constants(tile, entry)}  # fmt: skip
+            del constants["SPLIT"], constants["DRAIN"]
+            self.choose(op.kind, -1, "lm_head", entry, constants,
+                        (Axis("R", tile["BM"], blocks), _ONE, _ONE), "R")  # fmt: skip
+        for name, count in (("best", 3), ("tops", 1), ("best_ids", 1)):
+            self.need(name, "R", count * blocks * 4)
+        self.need("ids", "R", 4)
+        self.need("logprobs", "R", 4)
+        yield Launch(op.kind, -1, self.bind("lm_head", {"w": self.weight("lm_head")}))
+        wide = 1 << (blocks - 1).bit_length()
+        yield self.simple("merge_rows", "merge_rows", -1, {"BLOCKS": blocks, "WIDTH": wide},
+                          (Axis("R"), _ONE, _ONE), slots="input:row_slots")  # fmt: skip
+
+    # -- kernels ---------------------------------------------------------------------------------
+
+    def gemm(
+        self, name: str, slot: str, layer: int, columns: int, depth: int, halves: int,
+        constants: dict[str, Any], most_columns: int = 1 << 30, must_be_most: bool = False,
+        **bound: str,
+    ) -> Launch:  # fmt: skip
+        """A GEMM by every entry of the tile table."""
+        for entry in self.tiles.of(name):
+            tile = cut_gemm(entry, columns, depth, most_columns, must_be_most)
+            tiles_n, split = columns // tile["BN"], tile["SPLIT"]
+            if split > 1:
+                count = -(-entry.max_rows // tile["BM"]) * tiles_n
+                self.need("parts", "1", count * split * halves * tile["BM"] * tile["BN"] * 4)
+                self.need("counters", "1", count * 4)
+            grid = (Axis("T", tile["BM"], tiles_n * split), _ONE, _ONE)
+            self.choose(slot, layer, name, entry, {**constants, **self.gemm_constants(tile, entry)},
+                        grid, "T")  # fmt: skip
+        return Launch(slot, layer, self.bind(name, bound))
+
+    def gemm_constants(self, tile: dict[str, int], entry: Entry) -> dict[str, Any]:
+        """Constants that all GEMMs have. Weights that are read once go past the nearest cache."""
+        return {
+            **tile, "NUM_XCD": self.device.dies, "CACHE": ".cg" if 0 < entry.max_rows <= 16 else "",
+            "DRAIN": self.device.drain if tile["SPLIT"] > 1 else "",
+        }  # fmt: skip
+
+    def simple(
+        self, name: str, slot: str, layer: int, constants: dict[str, Any],
+        grid: tuple[Axis, Axis, Axis], **bound: str,
+    ) -> Launch:  # fmt: skip
+        """A kernel that has one form."""
+        self.choose(slot, layer, name, self.tiles.of(name)[0], constants, grid, "T")
+        return Launch(slot, layer, self.bind(name, bound))
+
+    def choose(
+        self, slot: str, layer: int, name: str, entry: Entry, constants: dict[str, Any],
+        grid: tuple[Axis, Axis, Axis], unit: Unit, kind: Any = "any",
+    ) -> None:  # fmt: skip
+        """Offer a kernel for a slot; layers that share a slot must offer the same ones."""
+        same = next((k for k in self.kernels if (k.name, k.constants, k.options, k.grid)
+                     == (name, constants, entry.options, grid)), None)  # fmt: skip
+        if same is None:
+            made = len(self.kernels)
+            same = Kernel(made, name, grid, constants, entry.options, entry.source)
+            self.kernels.append(same)
+        choice = Choice(slot, unit, entry.max_rows, kind, same.id)
+        if choice not in self.choices:
+            if any((c.slot, c.most, c.kind) == (slot, entry.max_rows, kind) for c in self.choices):
+                raise CompileError(
+                    f"layer {layer} needs another {name} than the layers before; this is a fault "
+                    "of SinterLM"
+                )
+            self.choices.append(choice)
+
+    def bind(self, name: str, bound: dict[str, str]) -> tuple[str, ...]:
+        """What fills each argument: ``bound``, or what its name says."""
+        args = SIGNATURES[name].args
+        assert set(bound) <= set(args), f"{name} has no {set(bound) - set(args)}"
+        return tuple(bound.get(arg) or self.default(arg, kind) for arg, kind in args.items())
+
+    def default(self, arg: str, kind: str) -> str:
+        """A scalar, a step's input or a buffer, by the argument's name."""
+        if not kind.startswith("*"):
+            return f"value:{arg}"
+        if arg in INPUTS:
+            return f"input:{arg}"
+        is_scratch = any(name == arg for name, _ in self.scratch)
+        if arg in ("parts", "counters") and not is_scratch:
+            return "null"
+        return f"buffer:{arg}"
+
+    def weight(self, tensor: str, source: str | None = "") -> str:
+        """A packed tensor; ``null`` where the model has none (``source`` None)."""
+        return "null" if source is None else f"weight:{self.offsets[tensor]}"
+
+    def need(self, name: str, unit: Unit, nbytes: int) -> None:
+        """Scratch memory, as large as the largest that asks."""
+        self.scratch[name, unit] = max(self.scratch.get((name, unit), 0), nbytes)
+
+
+#: What a step brings, and what stays on the device between steps, with the unit each is sized by.
+INPUTS: dict[str, str] = {
+    "tokens": "T", "positions": "T", "slots": "T", "kv_slots": "T", "page_table": "S",
+    "query_start": "S", "context_lens": "S", "rows": "R", "row_slots": "R", "temperature": "R",
+    "seeds": "R", "draws": "R", "cos": "position", "sin": "position", "drawn": "slot",
+}  # fmt: skip

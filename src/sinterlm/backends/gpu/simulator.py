@@ -1,0 +1,156 @@
+"""Runs a launch table step by step in NumPy: what a host does, with Triton's interpreter for a
+device. Memory is poisoned with NaN before its first use, as a device's would hold anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sinterlm.backends.gpu.interpreter import Order, run_kernel
+from sinterlm.backends.gpu.signatures import SIGNATURES
+from sinterlm.backends.gpu.table import Table, Unit
+from sinterlm.ir.graph import Rope
+
+Array = NDArray[Any]
+
+_ELEMENTS: dict[str, type[np.generic]] = {
+    "*bf16": np.uint16, "*fp32": np.float32, "*i32": np.int32, "*u64": np.uint64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sequence's part of a step."""
+
+    pages: Sequence[int]
+    first: int  #: position of the first token
+    tokens: Sequence[int]  #: -1 = what its slot drew last
+    slot: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step gives for each sampled row."""
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+class Simulator:
+    """One model with its memory. Pages hold K, then V, of ``page_tokens`` tokens of each head."""
+
+    def __init__(
+        self, table: Table, weights: NDArray[np.uint8], rope: Rope, *, max_tokens: int = 64,
+        max_rows: int = 64, max_seqs: int = 8, max_len: int = 256, num_pages: int = 16,
+        page_tokens: int = 16, num_slots: int = 8,
+    ) -> None:  # fmt: skip
+        """``weights`` are the bytes of the packed file."""
+        self.table, self.weights = table, weights
+        self.most: dict[Unit, int] = {"T": max_tokens, "R": max_rows, "S": max_seqs, "1": 1}
+        self.arenas = {
+            unit: np.full(table.arena_bytes(unit) * n, 0xFF, np.uint8)
+            for unit, n in self.most.items()
+        }
+        for name in ("counters", "attention_counters"):
+            if any(b.name == name for b in table.buffers):
+                self.buffer(name)[:] = 0
+        facts = table.facts
+        self.page_tokens = page_tokens
+        shape = (num_pages, facts["kv_heads"], 2, page_tokens, facts["head_dim"])
+        self.kv = [np.full(shape, 0xFFFF, np.uint16) for _ in range(facts["layers"])]
+        angle = np.outer(np.arange(max_len), rope.inv_freq)
+        self.inputs: dict[str, Array] = {
+            "cos": (np.cos(angle) * rope.attention_factor).astype(np.float32),
+            "sin": (np.sin(angle) * rope.attention_factor).astype(np.float32),
+            "drawn": np.full(num_slots, -1, np.int32),
+        }
+        self.launches = 0
+
+    def buffer(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a buffer."""
+        found = next(b for b in self.table.buffers if b.name == name)
+        units = self.most[found.unit]
+        start = found.offset * units
+        return self.arenas[found.unit][start : start + found.nbytes * units]
+
+    def step(
+        self, *seqs: Part, order: Order = "forward", temperature: float = 0.0, seed: int = 0,
+        every_row: bool = False,
+    ) -> Drawn:  # fmt: skip
+        """Compute the tokens of ``seqs`` and draw after the last one of each (or after every)."""
+        lengths = [len(s.tokens) for s in seqs]
+        starts = np.cumsum([0, *lengths]).astype(np.int32)
+        positions = np.concatenate([s.first + np.arange(len(s.tokens)) for s in seqs])
+        rows = np.arange(starts[-1]) if every_row else starts[1:] - 1
+        owner = np.repeat(np.arange(len(seqs)), lengths)
+        pages = np.full((len(seqs), max(len(s.pages) for s in seqs)), -1, np.int32)
+        for row, seq in zip(pages, seqs, strict=True):
+            row[: len(seq.pages)] = seq.pages
+        page = pages[owner, positions // self.page_tokens]
+        slots = np.array([s.slot for s in seqs])
+        self.inputs |= {
+            "tokens": np.concatenate([s.tokens for s in seqs]).astype(np.int32),
+            "positions": positions.astype(np.int32),
+            "slots": slots[owner].astype(np.int32),
+            "kv_slots": (page * self.page_tokens + positions % self.page_tokens).astype(np.int32),
+            "page_table": pages,
+            "query_start": starts,
+            "context_lens": np.array([s.first + len(s.tokens) for s in seqs], np.int32),
+            "rows": rows.astype(np.int32),
+            "row_slots": slots[owner[rows]].astype(np.int32),
+            "temperature": np.full(len(rows), temperature, np.float32),
+            "seeds": np.full(len(rows), seed, np.uint64),
+            "draws": (positions[rows] + 1).astype(np.int32),
+        }
+        sizes = {"T": int(starts[-1]), "R": len(rows), "S": len(seqs)}
+        self.run(sizes, all(n == 1 for n in lengths), order)
+        vocab = self.table.facts["vocab"]
+        logits = self.buffer("logits").view(np.float32)[: len(rows) * (-(-vocab // 64) * 64)]
+        return Drawn(
+            self.buffer("ids").view(np.int32)[: len(rows)].copy(),
+            self.buffer("logprobs").view(np.float32)[: len(rows)].copy(),
+            logits.reshape(len(rows), -1)[:, :vocab].copy(),
+        )
+
+    def run(self, sizes: dict[str, int], is_decode: bool, order: Order) -> None:
+        """Every launch of the table."""
+        kv = self.kv[0]
+        dim = kv.shape[-1]
+        values = {
+            "num_tokens": sizes["T"], "num_rows": sizes["R"], "num_seqs": sizes["S"],
+            "table_stride": self.inputs["page_table"].shape[1], "page_tokens": self.page_tokens,
+            "page_stride": kv[0].size, "head_stride": kv[0, 0].size, "token_stride": dim,
+        }  # fmt: skip
+        for launch in self.table.launches:
+            kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
+            types = SIGNATURES[kernel.name].args
+            args = {
+                name: self.argument(given, types[name], values)
+                for name, given in zip(types, launch.args, strict=True)
+            }
+            grid = [axis.count(sizes) for axis in kernel.grid]
+            run_kernel(kernel.name, grid, args, kernel.constants, order)
+            self.launches += 1
+
+    def argument(self, given: str, kind: str, values: dict[str, int]) -> Array | int:
+        """What a binding of the table leads to."""
+        if given == "null":
+            return np.zeros(0, _ELEMENTS[kind])
+        where, _, name = given.partition(":")
+        if where == "value":
+            return values[name]
+        if where == "input":
+            return self.inputs[name]
+        if where == "buffer":
+            return self.buffer(name).view(_ELEMENTS[kind])
+        if where == "weight":
+            return self.weights[int(name) :].view(_ELEMENTS[kind])
+        pages = self.kv[int(name)].reshape(-1)
+        half = self.page_tokens * self.kv[0].shape[-1]
+        return pages if where == "k" else pages[half:]

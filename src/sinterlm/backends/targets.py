@@ -1,0 +1,32 @@
+"""Every value of ``--target``, and what each refuses of the options."""
+
+from __future__ import annotations
+
+from sinterlm.backends.base import Backend
+from sinterlm.errors import UsageError
+from sinterlm.options import CompileOptions
+
+
+def find_backend(options: CompileOptions) -> Backend:
+    """The target that the options name. Raises UsageError for one that there is not, and for
+    options that it does not have."""
+    if options.target == "cpu":
+        from sinterlm.backends.cpu.backend import CpuBackend
+
+        return CpuBackend()
+    from sinterlm.backends.gpu.devices import DEVICES
+
+    if options.target not in DEVICES:
+        raise UsageError(
+            f"--target {options.target!r} is not supported; supported: cpu, {', '.join(DEVICES)}"
+        )
+    from sinterlm.backends.gpu.backend import GpuBackend
+
+    asked = {
+        "--dtype fp32": options.dtype == "fp32",
+        "--quantization": options.quantization is not None,
+        "--kv-cache-dtype int8": options.kv_cache_dtype == "int8",
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise UsageError(f"{name} is not supported with --target {options.target}: only bf16 is")
+    return GpuBackend(DEVICES[options.target])

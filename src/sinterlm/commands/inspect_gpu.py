@@ -1,0 +1,88 @@
+"""The part of ``sinterlm inspect`` about GPUs: launches of a step, and their code objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sinterlm.commands.ui import print_table
+from sinterlm.errors import BundleError
+
+if TYPE_CHECKING:
+    from sinterlm.backends.gpu.table import Table
+    from sinterlm.commands.inspect import Subject
+
+#: Facts of a code object that are shown; a checkpoint that is not compiled has none.
+_SHOWN = ("num_warps", "registers", "shared_bytes", "spills", "occupancy", "matrix", "wide_loads")
+
+
+def launch_facts(subject: Subject) -> dict[str, Any]:
+    """Launches of a step, kernels by what they serve, scratch memory. Raises BundleError."""
+    from sinterlm.backends.gpu.devices import DEVICES
+    from sinterlm.backends.gpu.launch import launch_table
+    from sinterlm.backends.gpu.objects import read_archive
+    from sinterlm.backends.gpu.tuning import read_tiles
+
+    found: dict[int, dict[str, Any]] = {}
+    if subject.bundle is not None:
+        path = subject.bundle.library_path
+        try:
+            table, objects = read_archive(path.read_bytes())
+        except ValueError as exc:
+            raise BundleError(f"{path}: {exc}; compile the model again") from exc
+        found = {o.kernel.id: {n: o.facts.get(n) for n in _SHOWN} for o in objects}
+    else:
+        assert subject.plan is not None
+        table = launch_table(subject.plan, DEVICES[subject.target])
+    return {
+        "device": table.device,
+        "machines": DEVICES[table.device].machines,
+        "tiles": read_tiles(table.device).status,
+        "per_step": len(table.launches),
+        "per_layer": sum(launch.layer == 0 for launch in table.launches),
+        "kernels": [_kernel(table, i, found.get(i)) for i in range(len(table.kernels))],
+        "scratch": [
+            {"name": b.name, "unit": b.unit, "bytes": b.nbytes, "offset": b.offset}
+            for b in table.buffers
+        ],
+    }
+
+
+def _kernel(table: Table, number: int, made: dict[str, Any] | None) -> dict[str, Any]:
+    kernel = table.kernels[number]
+    served = [c for c in table.choices if c.kernel == number]
+    return {
+        "id": number, "kernel": kernel.name, "slots": [c.slot for c in served],
+        "most": [c.most for c in served], "unit": served[0].unit, "kind": served[0].kind,
+        "grid": [str(axis) for axis in kernel.grid], "constants": kernel.constants,
+        "options": kernel.options, "source": kernel.source, "object": made,
+    }  # fmt: skip
+
+
+def print_launches(facts: dict[str, Any]) -> None:
+    """The table of kernels, on stdout."""
+    rows = []
+    for k in facts["kernels"]:
+        tile = " ".join(f"{n}={k['constants'][n]}" for n in ("BM", "BN", "BK", "SPLIT", "TILE",
+                        "SEGMENTS") if n in k["constants"])  # fmt: skip
+        most = "any" if not k["most"][0] else f"<= {k['most'][0]}"
+        steps = k["kind"] if k["kind"] != "any" else f"{k['unit']} {most}"
+        made = k["object"] or {}
+        cells = [
+            ", ".join(k["slots"]),
+            steps,
+            " x ".join(axis.replace("1/1*", "") for axis in k["grid"] if axis != "1/1*1"),
+            tile,
+            k["options"]["num_warps"],
+        ]
+        if made:
+            cells += [made["registers"], made["shared_bytes"], made["spills"],
+                      ", ".join(made["matrix"]) or "none"]  # fmt: skip
+        rows.append(cells)
+    columns = ["launch", "steps", "grid", "tile", "warps"]
+    if facts["kernels"][0]["object"]:
+        columns += ["registers", "shared", "spills", "matrix instruction"]
+    print_table(
+        f"Launches on {facts['device']} ({facts['machines']}): {facts['per_step']} per step, "
+        f"{facts['per_layer']} per layer; tiles {facts['tiles']}",
+        columns, rows, right=range(4, 8),
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Tiny decoders for GPUs, planned and packed as a bundle's would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sinterlm.backends.gpu.devices import DEVICES
+from sinterlm.backends.gpu.launch import launch_table
+from sinterlm.backends.gpu.simulator import Simulator
+from sinterlm.backends.gpu.table import Table
+from sinterlm.ir.bf16 import to_bf16
+from sinterlm.ir.graph import DecoderConfig, Graph
+from sinterlm.ir.plan import Plan
+from sinterlm.passes.packing import packed_chunks
+from sinterlm.passes.pipeline import plan
+from tests.ir.graphs import config, plain_graph, random_weights
+
+#: Between them: tied and not, every bias, q/k norm, windows, GQA 1, 3, 5, padding of MLP and head.
+CONFIGS: dict[str, DecoderConfig] = {
+    "llama-tied": config(
+        vocab=150, hidden=64, heads=6, kv_heads=2, head_dim=32, ffn=128, tied=True
+    ),
+    "qwen3": config(
+        vocab=131, hidden=64, heads=2, kv_heads=2, head_dim=32, ffn=129, qk_norm=True, o_bias=True,
+        mlp_bias=True,
+    ),
+    "qwen2-window": config(
+        vocab=200, hidden=64, heads=10, kv_heads=2, head_dim=64, ffn=70, qkv_bias=True, layers=2,
+        windows=(0, 8),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class TinyGpu:
+    graph: Graph
+    weights: dict[str, np.ndarray]  #: as floats
+    plan: Plan
+    table: Table
+    packed: np.ndarray  #: bytes of the weights file
+
+    def simulator(self, **sizes: int) -> Simulator:
+        return Simulator(self.table, self.packed, self.graph.config.rope, **sizes)
+
+
+def tiny(name: str, device: str) -> TinyGpu:
+    graph = plain_graph(CONFIGS[name], "bf16")
+    weights = random_weights(graph, seed=len(name))
+    made = plan(graph, order="tiles")
+    packed = np.zeros(made.layout.nbytes, np.uint8)
+
+    def read(tensor: str, dtype: str) -> np.ndarray:
+        return to_bf16(weights[tensor]) if dtype == "bf16" else weights[tensor]
+
+    for offset, chunk in packed_chunks(made.layout, read):
+        packed[offset : offset + chunk.nbytes] = np.frombuffer(chunk, np.uint8)
+    return TinyGpu(graph, weights, made, launch_table(made, DEVICES[device]), packed)

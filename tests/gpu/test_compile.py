@@ -1,0 +1,187 @@
+"""Code objects for devices that are not here: `sinterlm compile --target`, the gates that every
+object passes, the cache, and the errors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sinterlm.artifact.bundle import open_bundle
+from sinterlm.artifact.memo import Memo
+from sinterlm.backends.gpu import objects
+from sinterlm.backends.gpu.devices import DEVICES
+from sinterlm.backends.gpu.objects import archive, compile_objects, faults, read_archive
+from sinterlm.backends.gpu.table import Kernel, Table
+from sinterlm.backends.gpu.worker import _amd_counts_after_stores
+from sinterlm.cli import main
+from sinterlm.errors import BundleError, CompileError
+from tests.gpu.models import tiny
+
+
+def kernels_of(device: str) -> list[Kernel]:
+    """Of each kernel of a tiny model's table the one for few rows, and attention of prompts."""
+    table = tiny("qwen2-window", device).table
+    first: dict[object, Kernel] = {}
+    for kernel in table.kernels:
+        first.setdefault((kernel.name, kernel.constants.get("DECODE")), kernel)
+    return list(first.values())
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("device", ["gfx942", "sm_90"])
+def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
+    """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; two of the
+    kernels here, and all in the slow test below."""
+    memo = Memo(test_environment / "memo")
+    kernels = [k for k in kernels_of(device) if k.name in ("attention", "residual_matmul")][1:]
+    made = compile_objects(kernels, DEVICES[device], memo)
+    assert [o.kernel for o in made] == kernels
+    magic = b"\x7fELF"
+    for one in made:
+        assert one.code.startswith(magic)
+        assert not faults(one, DEVICES[device])
+        assert one.facts["symbol"] == one.kernel.name
+    again = compile_objects(kernels, DEVICES[device], memo)
+    assert [o.code for o in again] == [o.code for o in made]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_kernel_of_every_device(device: str) -> None:
+    """Compiled twice without a cache: the same bytes."""
+    kernels = kernels_of(device)
+    first, second = (compile_objects(kernels, DEVICES[device], Memo(None)) for _ in range(2))
+    assert [o.code for o in first] == [o.code for o in second]
+
+
+GOOD = {
+    "spills": 0, "private_bytes": 0, "scratch_bytes": [0, 0], "shared_bytes": 1024,
+    "registers": 64, "wide_loads": 3, "is_ordered": True, "matrix": ["v_mfma_f32_16x16x16_bf16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"spills": 3}, "3 spills"),
+        ({"private_bytes": 8}, "8 bytes of stack"),
+        ({"scratch_bytes": [0, 64]}, "scratch memory"),
+        ({"shared_bytes": 70000}, "70000 bytes of shared memory, of 65536"),
+        ({"registers": 600}, "600 registers, of 512"),
+        ({"wide_loads": 0}, "no load of 16 bytes"),
+        ({"is_ordered": False}, "not waited for"),
+        ({"matrix": ["v_dot2_f32_f16"]}, "no v_mfma"),
+    ],
+)
+def test_each_gate_closes(wrong: dict, named: str) -> None:
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels if "BM" in k.constants)
+    made = objects.Object(kernel, b"", {**GOOD, **wrong})
+    found = faults(made, DEVICES["gfx942"])
+    assert len(found) == 1 and named in found[0]
+    assert not faults(replace(made, facts=GOOD), DEVICES["gfx942"])
+
+
+STORE, WAIT, JOIN, COUNT = (
+    "buffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen", "s_waitcnt vmcnt(0)", "s_barrier",
+    "global_atomic_add v3, v3, v4, s[2:3] sc0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_ordered"),
+    [
+        ((STORE, WAIT, JOIN, COUNT), True),
+        ((STORE, JOIN, WAIT, COUNT), False),
+        ((STORE, "s_waitcnt vmcnt(1)", JOIN, COUNT), False),
+        ((STORE, WAIT, STORE, JOIN, COUNT), False),
+        ((STORE, WAIT, COUNT), False),
+        ((COUNT,), True),
+    ],
+)
+def test_stores_must_be_waited_for_by_every_wave(lines: tuple, is_ordered: bool) -> None:
+    assert _amd_counts_after_stores("\n".join(lines)) == is_ordered
+
+
+def test_an_archive_holds_table_and_objects() -> None:
+    table = tiny("llama-tied", "gfx942").table
+    made = [
+        objects.Object(k, bytes([k.id]) * (70 + k.id), {"symbol": k.name, "num_warps": 4,
+                                                        "shared_bytes": 0})
+        for k in table.kernels
+    ]  # fmt: skip
+    data = archive(table.to_text(), made)
+    assert read_archive(data) == (table, made)
+    with pytest.raises(ValueError, match="damaged"):
+        read_archive(data[:-1] + b"\xff" if data[-1] else data.replace(bytes([3]) * 73, b"x" * 73))
+    with pytest.raises(ValueError, match="no launch table"):
+        read_archive(data[:100])
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "triton_version", lambda: None)
+    with pytest.raises(CompileError, match=r"pip install 'sinterlm\[gpu\]'"):
+        compile_objects(kernels_of("gfx942"), DEVICES["gfx942"], Memo(None))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--target", "gfx90"], "supported: cpu, gfx942"),
+        (["--target", "gfx942", "--dtype", "fp32"], "--dtype fp32 is not supported"),
+        (["--target", "sm_90", "--quantization", "int8"], "--quantization is not supported"),
+        (["--target", "sm_90", "--kv-cache-dtype", "int8"], "--kv-cache-dtype int8 is not"),
+        (["--target", "gfx942", "--isa", "avx2"], "--isa avx2 is of a CPU"),
+    ],
+)
+def test_bad_requests_are_refused(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "qwq-32b", "--code-only", *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "rope_theta": 10000.0,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("triton")
+def test_compile_inspect_and_refuse_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way on the command line: weights packed, table shown, and no run."""
+    folder, out = tmp_path / "tiny", tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY))
+    given = ["--target", "gfx942", "--load-format", "dummy"]
+    assert main(["compile", str(folder), *given, "-o", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["target"], facts["isa"]) == ("gfx942", "gfx942")
+    assert facts["weights_bytes"] > 0
+
+    bundle = open_bundle(out, any_isa=True)
+    table, made = read_archive(bundle.library_path.read_bytes())
+    assert isinstance(table, Table) and len(table.launches) == 13
+    assert all(not faults(one, DEVICES["gfx942"]) for one in made)
+
+    assert main(["inspect", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["launches"]
+    assert (shown["per_step"], shown["per_layer"]) == (13, 5)
+    assert all(kernel["object"]["spills"] == 0 for kernel in shown["kernels"])
+    assert main(["inspect", str(out)]) == 0
+    assert "13 per step, 5 per layer; tiles untuned: no device" in capsys.readouterr().out
+    assert main(["inspect", str(folder), *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["launches"]["per_step"] == 13
+
+    with pytest.raises(BundleError, match="compiled for target 'gfx942'"):
+        open_bundle(out)
+    assert main(["run", str(out), "--prompt", "x"]) == 2
+    assert "compiled for target 'gfx942'" in capsys.readouterr().err
