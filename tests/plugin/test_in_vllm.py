@@ -52,12 +52,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers(
     python: Path, beside: Path, models: list[Path], prompts: list[Any], *arguments: str,
-    switch: str = "require",
+    switch: str = "require", in_one_process: bool = False,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """What scripts/vllm_greedy.py does in that vLLM."""
     environment = {
         **os.environ, "PYTHONPATH": str(beside), "HF_HUB_OFFLINE": "1",
         "SINTERLM_VLLM": switch, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1",
     }  # fmt: skip
     openmp = python.parents[1] / "lib/libiomp5.so"
     if openmp.exists():
@@ -108,10 +109,12 @@ def test_families_in_fp32_draw_what_stock_draws(python: Path, beside: Path, tmp_
     models = [write_tiny(name, tmp_path) for name in CONFIGS]
     prompts = [[(i * i * 7 + i) % 515 for i in range(1, n)] for n in (6, 40, 90)]
     flags = ("--dtype", "float32", "--kv-bytes", str(64 << 20))
-    run = answers(python, beside, models, prompts, *flags)
+    run = answers(python, beside, models, prompts, *flags, in_one_process=True)
     ours = told(run)
     assert (run.stdout + run.stderr).count("SinterLM runs this model") == len(models)
-    stock = told(answers(python, beside, models, prompts, *flags, switch="off"))
+    stock = told(
+        answers(python, beside, models, prompts, *flags, switch="off", in_one_process=True)
+    )
     for model in map(str, models):
         assert ours[model]["again"] == ours[model]["tokens"]
         for got, want, margins in zip(

