@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sinterlm import LLM, CompletionOutput, SamplingParams
+from tests.conftest import ROOT
+from tests.plugin.conftest import vllm_environment
 from tests.plugin.families import CONFIGS, write_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [
     "The planets of the solar system in order are",
     "Once upon a time there was a king who",
@@ -23,46 +22,14 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def python() -> Path:
-    engines = Path(os.environ.get("ENGINES_DIR") or ROOT / "build/bench/engines")
-    python = engines / "vllm/bin/python"
-    if not python.exists():
-        pytest.skip(f"vLLM is not installed in {engines}: make bench-setup does")
-    return python
-
-
-@pytest.fixture(scope="module")
-def beside(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SinterLM installed beside that vLLM, which itself stays as it is."""
-    target = tmp_path_factory.mktemp("beside")
-    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--target", target]
-    subprocess.run([*pip, ROOT, "gguf"], check=True)
-    return target
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as a Hugging Face folder."""
-    made = tmp_path_factory.mktemp("weights")
-    command = [sys.executable, "-m", "sinterlm", "bench", "make-checkpoint", "smollm2"]
-    subprocess.run([*command, "--output", made], check=True)
-    return made / "hf"
-
-
 def answers(
     python: Path, beside: Path, models: list[Path], prompts: list[Any], *arguments: str,
     switch: str = "require", in_one_process: bool = False,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """What scripts/vllm_greedy.py does in that vLLM."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(beside), "HF_HUB_OFFLINE": "1",
-        "SINTERLM_VLLM": switch, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1",
-    }  # fmt: skip
-    openmp = python.parents[1] / "lib/libiomp5.so"
-    if openmp.exists():
-        environment["LD_PRELOAD"] = str(openmp)
+    environment = vllm_environment(python, beside, SINTERLM_VLLM=switch)
+    if in_one_process:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return subprocess.run(
         [python, ROOT / "scripts/vllm_greedy.py", *models, *arguments], input=json.dumps(prompts),
         env=environment, capture_output=True, text=True, timeout=1800, check=False,

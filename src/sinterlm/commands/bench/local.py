@@ -83,13 +83,15 @@ def bundle_of(options: CompileOptions, engine: EngineOptions) -> Bundle:
 
 @contextmanager
 def telling() -> Iterator[Callable[[str], None]]:
-    """One line on a terminal's stderr that says what is measured. No bar: the thread that draws
-    one would take its time from what is measured."""
+    """What is measured, on stderr: one line of a terminal, or a line each in a log. No bar: the
+    thread that draws one would take its time from what is measured."""
     clear = "\r\x1b[2K" if sys.stderr.isatty() else None
 
     def tell(text: str) -> None:
         if clear is not None:
             print(f"{clear}{text}", end="", file=sys.stderr, flush=True)
+        elif text:
+            print(text, file=sys.stderr, flush=True)
 
     try:
         yield tell
