@@ -189,7 +189,8 @@ def _job(kernel: Kernel, device: Device) -> dict[str, Any]:
 def _run(jobs: dict[str, dict[str, Any]], processes: int) -> dict[str, dict[str, Any]]:
     """Results by key, from as many processes as pay: a process starts in seconds."""
     keys = list(jobs)
-    shares = [keys[i::processes] for i in range(min(processes, -(-len(keys) // 2)))]
+    processes = min(processes, -(-len(keys) // 2))
+    shares = [keys[i::processes] for i in range(processes)]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "MLIR_", "LLVM_"))}
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="sinterlm-triton-") as scratch:
