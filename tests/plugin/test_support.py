@@ -56,6 +56,7 @@ def test_a_plain_model_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"parallel__pipeline_parallel_size": 2}, "pipeline"),
         ({"parallel__tensor_parallel_size": 2}, "tensor"),
         ({"cache__cache_dtype": "fp8"}, "fp8"),
+        ({"model__dtype": "torch.float32", "cache__cache_dtype": "bfloat16"}, "bfloat16 beside"),
         ({"kv_transfer_config": object()}, "KV transfer"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "eagle"),
     ],

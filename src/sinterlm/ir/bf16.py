@@ -16,9 +16,8 @@ F64 = NDArray[np.float64]
 Bits = NDArray[np.uint16]
 Instruction = Literal["vdpbf16ps", "fma", "mul_add"]
 
-#: Unit roundoff of float32 and of bf16.
+#: Unit roundoff of float32.
 U32 = 2.0**-24
-U_BF16 = 2.0**-9
 
 _TINY = np.float32(2.0**-126)  # the smallest normal float32
 
@@ -106,7 +105,7 @@ def error_bound(a: NDArray[Any], w: NDArray[Any]) -> F64:
 
     gamma * sum |a| |w| with gamma = K u / (1 - K u), u = 2**-24 (Higham, "Accuracy and Stability of
     Numerical Algorithms", 3.1), for operands taken as they are, products exact or fused, and no
-    underflow. A result stored as bf16 adds ``U_BF16 * |c|``.
+    underflow. A result stored as bf16 adds ``2**-8 * |c|``.
     """
     depth = a.shape[1] * U32
     assert depth < 1, "the bound holds for K < 2**24"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sinterlm.artifact.bundle import Bundle
+from sinterlm.artifact.manifest import kv_head_bytes
 from sinterlm.plugin.counters import open_counters
 from sinterlm.runtime.batch import Int32, StepBatch
 from sinterlm.runtime.model import KvMemory, Model
@@ -86,10 +87,12 @@ class NativeModel:
         blocks, heads, block_size, width = pages[0].shape
         expected = (self.shape.num_kv_heads, 2 * self.shape.head_dim)
         strides = pages[0].stride()
-        if (heads, width) != expected or strides[1:] != (block_size * width, width, 1):
+        is_known = (heads, width) == expected and strides[1:] == (block_size * width, width, 1)
+        half = kv_head_bytes(self.shape.head_dim, self._model.manifest.kv_cache_dtype)
+        if not is_known or pages[0].element_size() * self.shape.head_dim != half:
             raise RuntimeError(
-                f"vLLM's KV tensors have shape {tuple(pages[0].shape)} and strides {strides}, "
-                "which SinterLM does not know; set SINTERLM_VLLM=off"
+                f"vLLM's KV tensors have shape {tuple(pages[0].shape)}, strides {strides} and "
+                f"dtype {pages[0].dtype}, which SinterLM does not know; set SINTERLM_VLLM=off"
             )
         self._model.bind_kv(
             KvMemory(

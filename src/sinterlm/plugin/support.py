@@ -40,8 +40,8 @@ def _reasons(config: Any) -> Iterator[str]:
         yield "pipeline parallelism is not supported"
     if parallel.tensor_parallel_size > 1:
         yield "tensor parallelism is not supported yet"
-    if cache.cache_dtype not in ("auto", "bfloat16"):
-        yield f"a KV cache of {cache.cache_dtype} is not supported"
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        yield f"a KV cache of {cache.cache_dtype} beside {model.dtype} is not supported"
     if config.kv_transfer_config is not None:
         yield "KV transfer is not supported: pages have a layout of our own"
     speculation = config.speculative_config
