@@ -5,10 +5,11 @@
 
 namespace sl {
 
-using Ints = __m512i;
+// Elements are named: g++ 12 keeps arrays of __m512i that integer instructions add to in memory.
+typedef int32_t Ints __attribute__((vector_size(64)));
 
-SL_INLINE Ints set1_int(int32_t v) { return _mm512_set1_epi32(v); }
-SL_INLINE Vec to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+SL_INLINE Ints set1_int(int32_t v) { return (Ints)_mm512_set1_epi32(v); }
+SL_INLINE Vec to_floats(Ints v) { return _mm512_cvtepi32_ps((__m512i)v); }
 SL_INLINE Vec load_elems(const fp16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -67,7 +68,7 @@ struct Dot<8> {
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    return _mm512_dpbusd_epi32(sum, w, broadcast_word(a));
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, w, broadcast_word(a));
   }
 };
 
@@ -81,8 +82,8 @@ struct Dot<4> {
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    sum = _mm512_dpbusd_epi32(sum, w.low, broadcast_word(a));
-    return _mm512_dpbusd_epi32(sum, w.high, broadcast_word(a + 4));
+    const __m512i low = _mm512_dpbusd_epi32((__m512i)sum, w.low, broadcast_word(a));
+    return (Sum)_mm512_dpbusd_epi32(low, w.high, broadcast_word(a + 4));
   }
 };
 
@@ -103,25 +104,25 @@ struct Dot<8> {
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, broadcast_word(a)));
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, broadcast_word(a + 2)));
+    sum += (Sum)_mm512_madd_epi16(w.even, broadcast_word(a));
+    return sum + (Sum)_mm512_madd_epi16(w.odd, broadcast_word(a + 2));
   }
 };
 
 template <>
 struct Dot<4> {
   using Act = int8_t;
-  using Sum = Ints;  // of 16-bit numbers
+  typedef int16_t Sum __attribute__((vector_size(64)));
   using Weights = Nibbles;
   static constexpr int kRun = 4;
   SL_INLINE Weights load(const uint8_t* p) { return Nibbles::load(p); }
-  SL_INLINE Sum begin(Ints) { return _mm512_setzero_si512(); }
+  SL_INLINE Sum begin(Ints) { return Sum{}; }
   SL_INLINE Ints fold(Ints total, Sum sum) {
-    return _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)));
+    return total + (Ints)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
   }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w.low, broadcast_word(a)));
-    return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w.high, broadcast_word(a + 4)));
+    sum += (Sum)_mm512_maddubs_epi16(w.low, broadcast_word(a));
+    return sum + (Sum)_mm512_maddubs_epi16(w.high, broadcast_word(a + 4));
   }
 };
 

@@ -119,5 +119,13 @@ struct TileShape {
   static constexpr int kRows = 6;
   static constexpr int cols(int) { return 4; }
 };
+// Against codes: 12 integer sums and the 12 outputs that they are scaled into, block after block.
+template <>
+struct TileShape<int8_t> {
+  static constexpr int kRows = 6;
+  static constexpr int cols(int rows) { return rows <= 2 ? 4 : 2; }
+};
+template <>
+struct TileShape<int16_t> : TileShape<int8_t> {};
 
 }  // namespace sl

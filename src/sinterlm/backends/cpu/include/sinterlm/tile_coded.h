@@ -19,9 +19,11 @@ struct CodedTile {
   template <int R, int C>
   void run(int r0, int j0) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
-    if (p.k == 0)
-      for (int r = 0; r < R; ++r)
-        for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, zero());
+    Vec total[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) total[r][j] = p.k > 0 ? load(c + r * p.ldc + j * kLanes) : zero();
     const int col = p.col + j0 * kLanes, end = p.k + p.depth;
     const uint8_t* panel = reinterpret_cast<const uint8_t*>(p.panel);
     for (int k = p.k; k < end;) {
@@ -32,9 +34,13 @@ struct CodedTile {
         Ints dot[R][C];
         dots<R, C>(dot, r0, k, codes + col * 4);
         codes += F::code_bytes(F::kBlock);
-        scale<R, C>(dot, r0, k, tail, col, c);
+        scale<R, C>(total, dot, r0, k, tail, col);
       }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, total[r][j]);
   }
 
  private:
@@ -52,8 +58,10 @@ struct CodedTile {
   // The integer dot products of one block.
   template <int R, int C>
   SL_MEMBER void dots(Ints (&dot)[R][C], int r0, int k, const uint8_t* b) const {
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Ints start = set1_int(F::kOffsets ? 0 : -F::kCentre * sum(r0 + r, k));
+#pragma GCC unroll 4
       for (int j = 0; j < C; ++j) dot[r][j] = start;
     }
     const typename F::Act* a = reinterpret_cast<const typename F::Act*>(row(r0)) + k;
@@ -66,12 +74,13 @@ struct CodedTile {
         for (int j = 0; j < C; ++j) part[r][j] = D::begin(dot[r][j]);
       constexpr int kLength = kSteps < D::kRun ? kSteps : D::kRun;
       for (int s = 0; s < kLength; ++s) {
+        typename D::Weights w[C];
 #pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) {
-          const typename D::Weights w = D::load(b + j * 4 * kLanes);
+        for (int j = 0; j < C; ++j) w[j] = D::load(b + j * 4 * kLanes);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) part[r][j] = D::mac(part[r][j], a + r * lda, w);
-        }
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int j = 0; j < C; ++j) part[r][j] = D::mac(part[r][j], a + r * lda, w[j]);
         a += F::kStep;
         b += F::kStepBytes;
       }
@@ -82,23 +91,22 @@ struct CodedTile {
     }
   }
 
-  // c += what one block's dot products stand for.
+  // total += what one block's dot products stand for.
   template <int R, int C>
-  SL_MEMBER void scale(const Ints (&dot)[R][C], int r0, int k, const uint8_t* tail, int col,
-                       float* c) const {
+  SL_MEMBER void scale(Vec (&total)[R][C], const Ints (&dot)[R][C], int r0, int k,
+                       const uint8_t* tail, int col) const {
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
       const Vec weight_scale = F::scales(tail, col + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        float* to = c + r * p.ldc + j * kLanes;
         const Vec act = set1(act_scale(r0 + r, k));
-        Vec v = fma(to_floats(dot[r][j]), mul(weight_scale, act), load(to));
+        Vec v = fma(to_floats(dot[r][j]), mul(weight_scale, act), total[r][j]);
         if constexpr (F::kOffsets) {
           const Vec codes = set1(static_cast<float>(sum(r0 + r, k)));
           v = fma(mul(F::offsets(tail, col + j * kLanes), act), codes, v);
         }
-        store(to, v);
+        total[r][j] = v;
       }
     }
   }
