@@ -26,8 +26,9 @@ FORMATS = (
     GemmFormat(8, 0, False, "int8", 64),
     GemmFormat(4, 64, False, "graph", 0),
     GemmFormat(8, 0, True, "graph", 0),
+    GemmFormat(8, 32, True, "graph", 0),
 )
-WIDE_DTYPE = {5: "bf16", 6: "fp32"}  #: of the activations of weight-only formats
+WIDE_DTYPE = {5: "bf16", 6: "fp32", 7: "bf16"}  #: of the activations of weight-only formats
 CODED = range(5)
 
 Array = np.ndarray
@@ -56,6 +57,11 @@ class CodedLib:
         self.lib = ctypes.CDLL(str(path))
         self.lib.oc_isa.restype = ctypes.c_char_p
         assert self.lib.oc_isa().decode() == isa
+
+    @property
+    def bf16_dot(self) -> Instruction:
+        """What products of bf16 are computed with."""
+        return "vdpbf16ps" if self.isa == "avx512bf16" else self.instruction
 
     @property
     def instruction(self) -> Instruction:

@@ -41,6 +41,7 @@ int with_format(int format, Fn fn) {
   offer(std::integral_constant<int, 4>(), Coded<8, 0, true, 64>());
   offer(std::integral_constant<int, 5>(), WeightOnly<bf16, 4, 64, true>());
   offer(std::integral_constant<int, 6>(), WeightOnly<float, 8, 0, false>());
+  offer(std::integral_constant<int, 7>(), WeightOnly<bf16, 8, 32, false>());
   return status;
 }
 

@@ -1,5 +1,5 @@
 """Quantised GEMM ops at odd shapes: bit for bit against the NumPy twin, whose integer dot products
-are int64. Weight-only formats against float64 by a bound.
+are int64. Weight-only formats also against float64 by a bound.
 """
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sinterlm.ir.bf16 import round_bf16
-from sinterlm.ir.reference_codes import code_rows, coded_gemm
+from sinterlm.ir.bf16 import round_bf16, to_bf16
+from sinterlm.ir.reference_codes import code_rows, coded_gemm, weight_only_gemm
 from tests.kernels.coded import CODED, FORMATS, WIDE_DTYPE, CodedLib, quantised
 from tests.kernels.oplib import pad, round_up
 
@@ -77,16 +77,23 @@ def test_bias_and_residual(lib: CodedLib, number: int) -> None:
 
 @pytest.mark.parametrize("number", WIDE_DTYPE)
 @pytest.mark.parametrize(("rows", "k", "h"), SHAPES)
-def test_weight_only(lib: CodedLib, number: int, rows: int, k: int, h: int) -> None:
-    narrow = round_bf16 if WIDE_DTYPE[number] == "bf16" else np.asarray
+def test_weight_only_bit_for_bit(lib: CodedLib, number: int, rows: int, k: int, h: int) -> None:
+    is_bf16 = WIDE_DTYPE[number] == "bf16"
     a, w = data(rows, k, h)
     coded = quantised(w, FORMATS[number])
     zero = np.zeros((rows, h), "f4")
     out, xw, _ = lib.residual(number, a, coded, None, np.ones(h, "f4"), zero, threads=2)
-    ra, rw = narrow(a).astype("f8"), narrow(coded.dequantise()).astype("f8")
-    bound = (2 * k + 8) * 2.0**-24 * (np.abs(ra) @ np.abs(rw).T)
-    assert np.all(np.abs(out - ra @ rw.T) <= bound)
-    assert np.array_equal(xw, narrow(out))
+    operand = pad(a, round_up(k, 64))
+    instruction = lib.bf16_dot if is_bf16 else lib.instruction
+    want = weight_only_gemm(to_bf16(operand) if is_bf16 else operand, coded, instruction)
+    assert np.array_equal(out, want)
+    assert np.array_equal(xw, round_bf16(out) if is_bf16 else out)
+    truth = (round_bf16(a) if is_bf16 else a).astype("f8")
+    scale = np.abs(coded.dequantise()) + (
+        0 if coded.offsets is None else 2 * np.abs(coded.offsets).max()
+    )
+    bound = (2 * k + 8) * 2.0**-24 * (np.abs(truth) @ scale.T.astype("f8"))
+    assert np.all(np.abs(out - truth @ coded.dequantise().astype("f8").T) <= bound)
 
 
 @EVERY

@@ -124,6 +124,10 @@ def _coded_residual(lib: CodedLib, number: int) -> None:
     coded.test_residual_bit_for_bit(lib, number, 13, 1100, 144)
 
 
+def _weight_only(lib: CodedLib, number: int) -> None:
+    coded.test_weight_only_bit_for_bit(lib, number, 13, 1100, 144)
+
+
 CODED_MUTANTS = [
     CodedMutant("skipped K block of codes", "tile_coded.h", "k < stop; k += F::kBlock",
                 "k < stop; k += F::kBlock + (k == 2 * F::kBlock ? F::kBlock : 0)", 0,
@@ -142,9 +146,10 @@ CODED_MUTANTS = [
                 coded.test_stored_activations),
     CodedMutant("NaN becomes zero", "formats.h", "__builtin_nanf(\"\")", "0.0f", 0,
                 coded.test_stored_activations),
-    CodedMutant("unpacked without its offset", "tile_coded.h", "add(mul(scale, code), offset)",
-                "mul(scale, code)", 5,
-                lambda lib, n: coded.test_weight_only(lib, n, 3, 72, 40)),
+    CodedMutant("weight-only without its offset", "tile_weight_only.h",
+                "v = fma(of_row, F::offsets", "fma(of_row, F::offsets", 5, _weight_only),
+    CodedMutant("weight-only scale of the neighbouring group", "tile_weight_only.h",
+                "? 0 : p.k + k;", "? 0 : (p.k + k + 64) % p.K;", 5, _weight_only),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,3 +74,21 @@ def test_no_kernel_spills_its_sums(tmp_path: Path) -> None:
     for body in hot:
         vector_stack = [ln for ln in body.splitlines() if "zmm" in ln and "rsp" in ln]
         assert not vector_stack, vector_stack
+
+
+def test_no_loop_of_integer_dots_spills(tmp_path: Path) -> None:
+    """12 sums and 12 outputs stay in registers while codes are multiplied."""
+    if available_isas()[0] != "avx512bf16":
+        pytest.skip("needs an AVX512_BF16 machine")
+    source = str(Path(__file__).with_name("optest_coded.cpp"))
+    listing = tmp_path / "coded.s"
+    flags = [f for f in flags_for("avx512bf16") if f != "-shared"]
+    flags += [*(f"-I{p}" for p in INCLUDE_DIRS), "-DONLY_FORMAT=2", "-S"]  # int4, groups of 32
+    run([*find_compiler().command, *flags, source, "-o", str(listing)])
+    blocks = re.split(r"^\.L\w+:$", listing.read_text(), flags=re.MULTILINE)
+    hot = [b for b in blocks if b.count("vpdpbusd") == 24]
+    assert hot, "no loop of 6 x 2 sums and two halves of a byte"
+    for block in hot:
+        loop = block[: block.rindex("vpdpbusd")]
+        stack = [ln for ln in loop.splitlines() if "zmm" in ln and "rsp" in ln]
+        assert not stack, stack

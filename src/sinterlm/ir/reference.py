@@ -105,14 +105,11 @@ class Reference:
         return wide.astype(self._dtype, copy=False)
 
     def _matrix(self, name: str) -> Array:
-        """Rounded once and kept. What codes stand for is rounded only where it meets ``narrow``
-        operands."""
+        """Rounded once and kept. What codes stand for is not rounded."""
         if name not in self._matrices:
             stored = self._weights[name]
             if isinstance(stored, CodedMatrix):
-                wide: Array = stored.dequantise().astype(self._dtype)
-                is_dot = self.graph.formats[name].act == "int8"
-                self._matrices[name] = wide if is_dot else self._narrow(wide)
+                self._matrices[name] = stored.dequantise().astype(self._dtype)
             else:
                 self._matrices[name] = self._narrow(self._vector(name))
         return self._matrices[name]

@@ -1,7 +1,8 @@
 """What quantised activations and integer GEMMs mean, bit for bit as the kernels compute them.
 
 The codes, scales and sums of a row are float32 arithmetic that every ISA level does alike; a GEMM
-is integer dot products of blocks and one fma per block (a product and a sum at ``generic``).
+is integer dot products of blocks, or products of activations and codes, and one fma per block (a
+product and a sum at ``generic``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinterlm.ir.bf16 import Instruction, fma
+from sinterlm.ir.bf16 import Instruction, fma, from_bf16, gemm_exact, to_bf16
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 F32 = NDArray[np.float32]
@@ -90,6 +91,43 @@ def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:
             offsets = w.offsets[None, :, group] * act
             acc = _add(sums[:, [block]].astype(np.float32), offsets, acc, instruction)
     return acc
+
+
+def weight_only_gemm(a: NDArray[Any], w: CodedMatrix, instruction: Instruction) -> F32:
+    """a [M, K] @ w [N, K]ᵀ as float32 [M, N], codes less their centre multiplied as they are: bf16
+    bits (uint16) of even K, or float32, K a multiple of 16. ``w`` may lack the padding of K.
+
+    Blocks are the groups of weights, or 256 of k where all of a row is one.
+    """
+    depth, block = a.shape[1], w.group or 256
+    centre = 0 if w.offsets is not None else 1 << (w.bits - 1)
+    codes = np.full((len(w.codes), depth), centre, np.float32)
+    codes[:, : w.codes.shape[1]] = w.codes
+    codes -= centre
+    narrow = to_bf16(codes) if a.dtype == np.uint16 else codes
+    wide = from_bf16(a) if a.dtype == np.uint16 else a
+    acc = np.zeros((len(a), len(codes)), np.float32)
+    for start in range(0, depth, block):
+        k = slice(start, min(depth, start + block))
+        group = start // w.group if w.group else 0
+        if group >= w.scales.shape[1]:
+            break  # padding of k alone
+        sums = gemm_exact(a[:, k], narrow[:, k], instruction)
+        acc = _add(sums, np.broadcast_to(w.scales[None, :, group], acc.shape), acc, instruction)
+        if w.offsets is not None:
+            acc = _add(_sum_lanes(wide[:, k])[:, None], w.offsets[None, :, group], acc, instruction)
+    return acc
+
+
+def _sum_lanes(values: F32) -> F32:
+    """Sums of rows [M, n], n a multiple of 16: lane by lane, then halves, quarters and pairs."""
+    lanes = np.zeros((len(values), 16), np.float32)
+    for i in range(0, values.shape[1], 16):
+        lanes = lanes + values[:, i : i + 16]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
 
 
 def _add(x: F32, y: F32, acc: F32, instruction: Instruction) -> F32:

@@ -13,6 +13,12 @@
 
 namespace sl {
 
+// Whether CodePairs<Bits, Centred> is there: panels of E from codes, made in registers.
+template <class E>
+constexpr bool kCodesInRegisters = std::is_same_v<E, bf16> && kBf16Dots;
+template <int Bits, bool Centred>
+struct CodePairs;
+
 struct fp16 {
   uint16_t bits;
 };
@@ -41,3 +47,28 @@ SL_INLINE float to_float(fp16 h) {
 #else
 #include "sinterlm/dots_generic.h"
 #endif
+
+namespace sl {
+
+// 16 columns of one step of codes, less their centre or as they are, as panels of E: what belongs
+// to the next P k lies `step` elements on.
+template <int Bits, bool Centred>
+inline void unpack_codes(const uint8_t* codes, float* out, int step) {
+  const Vec centre = set1(Centred ? float{1 << (Bits - 1)} : 0.0f);
+#pragma GCC unroll 8
+  for (int k = 0; k < 32 / Bits; ++k)
+    store(out + k * step, sub(codes_of<Bits>(codes, 8 * (k % 4) + 4 * (k / 4)), centre));
+}
+template <int Bits, bool Centred>
+inline void unpack_codes(const uint8_t* codes, bf16* out, int step) {
+  if constexpr (kCodesInRegisters<bf16>) {
+    CodePairs<Bits, Centred>::load(codes).store(out, step);
+  } else {
+    float wide[32 / Bits * kLanes];
+    unpack_codes<Bits, Centred>(codes, wide, kLanes);
+    for (int k = 0; k < 32 / Bits; k += 2)
+      store_pairs(out + k / 2 * step, load(wide + k * kLanes), load(wide + (k + 1) * kLanes));
+  }
+}
+
+}  // namespace sl

@@ -58,6 +58,69 @@ struct Nibbles {
 
 #if defined(SL_ISA_AVX512BF16)
 
+// One step of codes as pairs of bf16, (k, k + 1) side by side. 4 bits: byte i holds k = i and,
+// above it, k = i + 4. A byte in each half of a word makes the index of a table of 16 numbers,
+// repeated since its fifth bit is a neighbour's.
+template <bool Centred>
+struct CodePairs<4, Centred> {
+  __m512i pairs[4];
+  SL_INLINE CodePairs load(const uint8_t* p) {
+    const __m512i bytes = _mm512_loadu_si512(p), table = numbers();
+    const __m512i low = _mm512_shuffle_epi8(bytes, halves(0)),
+                  high = _mm512_shuffle_epi8(bytes, halves(2));
+    return {{_mm512_permutexvar_epi16(low, table), _mm512_permutexvar_epi16(high, table),
+             _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4), table),
+             _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), table)}};
+  }
+  void store(bf16* out, int step) const {
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + i * step, pairs[i]);
+  }
+
+ private:
+  // Bytes first and first + 1 of every word of 32 bits, each in 16 bits.
+  SL_INLINE __m512i halves(int first) {
+    const int32_t of_word = int32_t(0x80008000u) | (first + 1) << 16 | first;
+    return _mm512_add_epi32(
+        _mm512_set1_epi32(of_word),
+        _mm512_broadcast_i32x4(_mm_set_epi32(0x000c000c, 0x00080008, 0x00040004, 0)));
+  }
+  // 0 .. 15, or -8 .. 7, as bf16, twice.
+  SL_INLINE __m512i numbers() {
+    const __m512i lane =
+        _mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                         _mm512_set1_epi32(15));
+    const Vec wide = _mm512_cvtepi32_ps(_mm512_sub_epi32(lane, _mm512_set1_epi32(Centred ? 8 : 0)));
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(wide);
+    return _mm512_broadcast_i64x4(half);
+  }
+};
+
+// 8 bits: through fp32, as the last bits of 2^23 + code; what is left once that is taken away has a
+// lower half of zeros.
+template <bool Centred>
+struct CodePairs<8, Centred> {
+  __m512i pairs[2];
+  SL_INLINE CodePairs load(const uint8_t* p) {
+    const __m512i codes = _mm512_loadu_si512(p);
+    return {{join(number(codes), number(_mm512_srli_epi32(codes, 8))),
+             join(number(_mm512_srli_epi32(codes, 16)), number(_mm512_srli_epi32(codes, 24)))}};
+  }
+  void store(bf16* out, int step) const {
+    for (int i = 0; i < 2; ++i) _mm512_storeu_si512(out + i * step, pairs[i]);
+  }
+
+ private:
+  SL_INLINE __m512i number(__m512i codes) {  // of the lowest byte; 0xea: (a & b) | c
+    const __m512i bits = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(0xff),
+                                                   _mm512_set1_epi32(0x4b000000), 0xea);
+    const float none = 0x1p23f + (Centred ? 128 : 0);
+    return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(none)));
+  }
+  SL_INLINE __m512i join(__m512i even, __m512i odd) {
+    return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+  }
+};
+
 template <>
 struct Dot<8> {
   using Act = int8_t;

@@ -6,6 +6,7 @@
 // call: columns outside, row blocks inside, K blocks small enough to stay in L2.
 #pragma once
 #include "sinterlm/tile_coded.h"
+#include "sinterlm/tile_weight_only.h"
 
 namespace sl {
 

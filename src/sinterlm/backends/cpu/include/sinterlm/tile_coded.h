@@ -1,4 +1,4 @@
-// The register tile over panels of codes, and panels of codes turned into panels of E.
+// The register tile over panels of codes that meet activations in codes.
 //
 // Integers are summed over one block of k, at most a group of weights or of activations; then
 //   c += dot * (weight scale * activation scale)  [+ (offset * activation scale) * sum of codes]
@@ -6,8 +6,6 @@
 // activation codes), so that it ends as the exact integer dot product of signed codes.
 #pragma once
 #include "sinterlm/tile_wide.h"
-
-#define SL_MEMBER inline __attribute__((always_inline))
 
 namespace sl {
 
@@ -116,71 +114,6 @@ template <int Bits, int Group, bool Offsets, int ActGroup>
 inline void multiply(Coded<Bits, Group, Offsets, ActGroup>, int rows, int cols, const PanelPiece& p,
                      void*) {
   panel_rows(rows, cols, CodedTile<Coded<Bits, Group, Offsets, ActGroup>>{p});
-}
-
-constexpr int kPieceDepth = 256;                                 // k that are unpacked together
-constexpr size_t kUnpackedBytes = kPieceDepth * kPanelCols * 4;  // room for them in fp32
-constexpr size_t kPieceBytes = kUnpackedBytes + kOperandBytes;
-
-// 16 columns of one step of codes -> panels of E whose next P k lie 64 * P elements apart.
-template <class F>
-inline void unpack_step(const uint8_t* codes, Vec scale, Vec offset, float* out) {
-  for (int k = 0; k < F::kStep; ++k) {
-    const Vec code = codes_of<F::kBits>(codes, 8 * (k % 4) + 4 * (k / 4));
-    const Vec w = F::kOffsets ? add(mul(scale, code), offset)
-                              : mul(scale, sub(code, set1(float{F::kCentre})));
-    store(out + k * kPanelCols, w);
-  }
-}
-template <class F>
-inline void unpack_step(const uint8_t* codes, Vec scale, Vec offset, bf16* out) {
-  float wide[F::kStep * kPanelCols];
-  unpack_step<F>(codes, scale, offset, wide);
-  for (int k = 0; k < F::kStep; k += 2)
-    store_pairs(out + k * kPanelCols, load(wide + k * kPanelCols),
-                load(wide + (k + 1) * kPanelCols));
-}
-
-// The panel's k in [k, k + depth) and columns from `col` on, as a panel of E of `cols` x 16
-// columns.
-template <class F, class E = typename F::Element>
-inline void unpack_piece(const uint8_t* panel, int K, int k, int depth, int col, int cols, E* out) {
-  for (const int end = k + depth; k < end;) {
-    const uint8_t* codes = F::codes_at(panel, k);
-    const int group_end = F::group_end(K, k), stop = std::min(end, group_end);
-    const uint8_t* tail = F::tail(codes, group_end - k);
-    for (int j = 0; j < cols; ++j) {
-      const int at = col + j * kLanes;
-      const Vec scale = F::scales(tail, at);
-      const Vec offset = F::kOffsets ? F::offsets(tail, at) : zero();
-      const uint8_t* from = codes + at * 4;
-      E* to = out + j * kLanes * kPair<E>;
-      for (int i = k; i < stop; i += F::kStep) {
-        unpack_step<F>(from, scale, offset, to);
-        from += F::kStepBytes;
-        to += F::kStep * kPanelCols;
-      }
-    }
-    out += (stop - k) * kPanelCols;
-    k = stop;
-  }
-}
-
-template <class E, int Bits, int Group, bool Offsets>
-inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, const PanelPiece& p,
-                     void* scratch) {
-  E* piece = static_cast<E*>(scratch);
-  constexpr int P = kPair<E>;
-  for (int k = p.k; k < p.k + p.depth; k += kPieceDepth) {
-    const int depth = std::min(kPieceDepth, p.k + p.depth - k);
-    unpack_piece<WeightOnly<E, Bits, Group, Offsets>>(reinterpret_cast<const uint8_t*>(p.panel),
-                                                      p.K, k, depth, p.col, cols, piece);
-    const E* a = reinterpret_cast<const E*>(p.a) + k;
-    multiply_panel(rows, cols, a,
-                   WideTile<E>{nullptr, p.pitch / int64_t{sizeof(E)}, piece, kPanelCols * P,
-                               kLanes * P, depth, p.c, p.ldc, k > 0},
-                   static_cast<char*>(scratch) + kUnpackedBytes);
-  }
 }
 
 }  // namespace sl

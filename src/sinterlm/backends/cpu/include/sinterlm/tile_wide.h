@@ -5,6 +5,8 @@
 #include "sinterlm/cut.h"
 #include "sinterlm/formats.h"
 
+#define SL_MEMBER inline __attribute__((always_inline))
+
 namespace sl {
 
 // c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
@@ -117,27 +119,33 @@ struct PanelPiece {
 constexpr int kOperandDepth = 256;  // k that are made operands together: 96 rows are 96 KB, in L2
 constexpr size_t kOperandBytes = kOperandDepth * kRowBlock * sizeof(float);
 
-// Rows of E, t.lda apart, times a panel: made the tile's operands first where they are not. Each
-// output stays the same chain.
+// `depth` k of rows of E, *lda apart, as the tile's operands: made in `wide` where they are not.
+template <class E>
+inline const Operand<E>* operands(int rows, const E* a, int depth, int64_t* lda, float* wide) {
+  if constexpr (std::is_same_v<Operand<E>, E>) {
+    return a;
+  } else {
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < depth; i += kLanes)
+        store_operands(wide + r * kOperandDepth + i, a + r * *lda + i);
+    *lda = kOperandDepth;
+    return wide;
+  }
+}
+
+// Rows of E, t.lda apart, times a panel: in pieces where operands have to be made. Each output
+// stays the same chain.
 template <class E>
 inline void multiply_panel(int rows, int cols, const E* a, WideTile<E> t, void* scratch) {
-  if constexpr (std::is_same_v<Operand<E>, E>) {
-    t.a = a;
+  constexpr bool kMade = !std::is_same_v<Operand<E>, E>;
+  const int64_t pitch = t.lda, K = t.K;
+  for (int k = 0; k < K; k += t.K) {
+    t.K = static_cast<int>(kMade ? std::min<int64_t>(kOperandDepth, K - k) : K);
+    t.lda = pitch;
+    t.a = operands(rows, a + k, t.K, &t.lda, static_cast<float*>(scratch));
     panel_rows(rows, cols, t);
-  } else {
-    float* operands = static_cast<float*>(scratch);
-    const int64_t pitch = t.lda, K = t.K;
-    t.a = operands;
-    t.lda = kOperandDepth;
-    for (int k = 0; k < K; k += kOperandDepth) {
-      t.K = std::min<int>(kOperandDepth, K - k);
-      for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < t.K; i += kLanes)
-          store_operands(operands + r * kOperandDepth + i, a + r * pitch + k + i);
-      panel_rows(rows, cols, t);
-      t.b += kOperandDepth / kPair<E> * t.k_step;
-      t.accumulate = true;
-    }
+    t.b += t.K / kPair<E> * t.k_step;
+    t.accumulate = true;
   }
 }
 
