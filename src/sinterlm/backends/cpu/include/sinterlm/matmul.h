@@ -22,9 +22,16 @@ inline void columns(int rows, const char* a, int64_t pitch, const typename F::We
       const int end = std::min(c1, (col / kPanelCols + 1) * kPanelCols);
       const char* panel =
           reinterpret_cast<const char*>(weight) + col / kPanelCols * F::panel_bytes(K);
-      const PanelPiece piece{
-          a,  pitch, panel, K, k, std::min(kDepthBlock, K - k), col % kPanelCols, c + (col - c0),
-          ldc};
+      const PanelPiece piece{a,
+                             pitch,
+                             panel,
+                             K,
+                             k,
+                             std::min(kDepthBlock, K - k),
+                             col % kPanelCols,
+                             c + (col - c0),
+                             ldc,
+                             F::panel_bytes(kDepthBlock)};
       multiply(F{}, rows, (end - col) / kLanes, piece, scratch);
       col = end;
     }

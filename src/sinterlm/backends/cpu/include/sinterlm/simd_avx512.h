@@ -123,7 +123,7 @@ struct TileShape {
 template <>
 struct TileShape<int8_t> {
   static constexpr int kRows = 6;
-  static constexpr int cols(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int cols(int rows) { return rows <= 3 ? 4 : 2; }
 };
 template <>
 struct TileShape<int16_t> : TileShape<int8_t> {};

@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -184,10 +185,16 @@ struct Worker {
   // Waits for all workers; what any wrote before is seen by all after.
   void barrier() { team->barrier(); }
 
-  // f(i) for every i in [0, n), each claimed by whichever worker is free.
+  // f(i) for every i in [0, n), claimed by whichever worker is free: in runs of neighbours, whose
+  // memory is one stream, half of a fair share of what is left, so that all finish together.
   template <class F>
   void for_each(int n, F&& f) {
-    for (int i; (i = team->next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+    for (int i = team->next.load(std::memory_order_relaxed); i < n;) {
+      const int stop = i + std::max(1, (n - i) / (2 * count));
+      if (!team->next.compare_exchange_weak(i, stop, std::memory_order_relaxed)) continue;
+      for (; i < stop; ++i) f(i);
+      i = team->next.load(std::memory_order_relaxed);
+    }
   }
 
   // f(i) for this worker's own contiguous block of [0, n): the same items in every step.

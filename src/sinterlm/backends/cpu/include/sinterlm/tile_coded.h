@@ -14,8 +14,9 @@ struct CodedTile {
   using Shape = TileShape<typename F::Act>;
   PanelPiece p;
 
+  Ahead ahead() const { return {p.next}; }
   template <int R, int C>
-  void run(int r0, int j0) const {
+  void run(int r0, int j0, const Ahead& ahead) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
     Vec total[R][C];
 #pragma GCC unroll 8
@@ -30,7 +31,7 @@ struct CodedTile {
       const uint8_t* tail = F::tail(codes, group_end - k);
       for (; k < stop; k += F::kBlock) {
         Ints dot[R][C];
-        dots<R, C>(dot, r0, k, codes + col * 4);
+        dots<R, C>(dot, r0, k, codes + col * 4, ahead);
         codes += F::code_bytes(F::kBlock);
         scale<R, C>(total, dot, r0, k, tail, col);
       }
@@ -55,7 +56,8 @@ struct CodedTile {
 
   // The integer dot products of one block.
   template <int R, int C>
-  SL_MEMBER void dots(Ints (&dot)[R][C], int r0, int k, const uint8_t* b) const {
+  SL_MEMBER void dots(Ints (&dot)[R][C], int r0, int k, const uint8_t* b,
+                      const Ahead& ahead) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Ints start = set1_int(F::kOffsets ? 0 : -F::kCentre * sum(r0 + r, k));
@@ -72,6 +74,7 @@ struct CodedTile {
         for (int j = 0; j < C; ++j) part[r][j] = D::begin(dot[r][j]);
       constexpr int kLength = kSteps < D::kRun ? kSteps : D::kRun;
       for (int s = 0; s < kLength; ++s) {
+        if constexpr (C < kPanelCols / kLanes) ahead.ask(b);  // else one row tile reads all
         typename D::Weights w[C];
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) w[j] = D::load(b + j * 4 * kLanes);

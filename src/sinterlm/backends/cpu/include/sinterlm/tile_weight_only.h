@@ -24,6 +24,7 @@ static_assert(kPieceDepth % 128 == 0, "a piece ends where a group of weights doe
 template <class F>
 struct UnpackedPiece {
   using E = typename F::Element;
+  using Ahead = NothingAhead;
   static constexpr int kDepth = kPair<E>, kStride = kDepth * kPanelCols;
   const E* piece;  // [k / P][64 columns][P]
 
@@ -48,6 +49,7 @@ struct UnpackedPiece {
 template <class F>
 struct CodesAsTheyCome {
   using E = typename F::Element;
+  using Ahead = sl::Ahead;
   static constexpr int kDepth = F::kStep, kStride = F::kStepBytes;
   const uint8_t* panel;
   int k, col;  // where the piece begins
@@ -78,9 +80,11 @@ struct ScaledTile {
   int64_t lda;
   const float* sums;  // [rows][kPieceDepth / kWeightBlock]: of operands, with offsets
   Source source;
+  typename Source::Ahead next = {};
 
+  const typename Source::Ahead& ahead() const { return next; }
   template <int R, int C>
-  void run(int r0, int j0) const {
+  void run(int r0, int j0, const typename Source::Ahead& ahead) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
     Vec total[R][C];
 #pragma GCC unroll 8
@@ -95,8 +99,10 @@ struct ScaledTile {
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) sum[r][j] = zero();
       auto b = source.at(k, j0);
-      for (int i = k; i < stop; i += Source::kDepth, b += Source::kStride)
+      for (int i = k; i < stop; i += Source::kDepth, b += Source::kStride) {
+        if constexpr (C < kPanelCols / kLanes) ahead.ask(b);  // else one row tile reads all
         Source::add(sum, a + r0 * lda + i, lda, b);
+      }
       scale(total, sum, r0, k, p.col + j0 * kLanes);
     }
 #pragma GCC unroll 8
@@ -128,16 +134,20 @@ struct ScaledTile {
   }
 };
 
-// The panel's k in [k, k + depth) and `cols` x 16 columns from `col` on, as a panel of E.
+// The panel's k in [k, k + depth) and `cols` x 16 columns from `col` on, as a panel of E; asks for
+// the same codes `next` bytes further on.
 template <class F, class E = typename F::Element>
-inline void unpack_piece(const uint8_t* panel, int k, int depth, int col, int cols, E* out) {
+inline void unpack_piece(const uint8_t* panel, int k, int depth, int col, int cols, int64_t next,
+                         E* out) {
   for (const int end = k + depth; k < end;) {
     const int stop = std::min(end, (k / kWeightBlock<F> + 1) * kWeightBlock<F>);
     const uint8_t* codes = F::codes_at(panel, k) + col * 4;
     for (; k < stop; k += F::kStep) {
-      for (int j = 0; j < cols; ++j)
+      for (int j = 0; j < cols; ++j) {
+        __builtin_prefetch(codes + next + j * kLanes * 4, 0, 2);
         unpack_codes<F::kBits, !F::kOffsets>(codes + j * kLanes * 4, out + j * kLanes * kPair<E>,
                                              kPanelCols * kPair<E>);
+      }
       codes += F::kStepBytes;
       out += F::kStep * kPanelCols;
     }
@@ -175,11 +185,12 @@ inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, co
     if constexpr (kCodesInRegisters<E>) {
       if (rows <= TileShape<int8_t>::kRows) {
         using Source = CodesAsTheyCome<F>;
-        panel_rows(rows, cols, ScaledTile<F, Source>{piece, a, lda, sums, {panel, piece.k, p.col}});
+        panel_rows(rows, cols,
+                   ScaledTile<F, Source>{piece, a, lda, sums, {panel, piece.k, p.col}, {p.next}});
         continue;
       }
     }
-    unpack_piece<F>(panel, piece.k, piece.depth, p.col, cols, unpacked);
+    unpack_piece<F>(panel, piece.k, piece.depth, p.col, cols, p.next, unpacked);
     panel_rows(rows, cols, ScaledTile<F, UnpackedPiece<F>>{piece, a, lda, sums, {unpacked}});
   }
 }
