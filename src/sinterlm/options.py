@@ -18,6 +18,8 @@ KvCacheDTypeName = Literal["auto", "bf16", "int8"]
 
 #: Weights along k that may share a scale; 0 = all of an output channel.
 QUANT_GROUPS = (0, 32, 64, 128)
+#: How many do where nothing is asked for, by the bits of a code.
+DEFAULT_QUANT_GROUP = {8: 128, 4: 32}
 
 #: ISA levels from widest to narrowest; the first one the machine has is the default.
 ISA_LEVELS: tuple[IsaName, ...] = ("avx512bf16", "avx512", "avx2", "generic")
@@ -40,7 +42,7 @@ class CompileOptions:
     model: str  #: HF directory, ``.gguf`` file, Hub id, ``smollm2``, or a named config (dummy only)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16
     quantization: QuantizationName | None = None  #: codes that matrices are stored in; None = dtype
-    quant_group: int | None = None  #: one of QUANT_GROUPS; None = 0 for int8, 32 for int4
+    quant_group: int | None = None  #: one of QUANT_GROUPS; None = 128 for int8, 32 for int4
     act_dtype: ActDTypeName | None = None  #: GEMM operands beside coded weights; None = int8
     #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head.
     kv_cache_dtype: KvCacheDTypeName = "auto"

@@ -70,8 +70,8 @@ class TestFormats:
             (Scheme(4, act="int8"), "w4g128z-a8g64"),
             (Scheme(act="int8"), "w4g128z-a8g64"),
             (Scheme(4, 32), "w4g32-a8g64"),  # asked for, so it is quantised again
-            (Scheme(8), "w8-a8g64"),
-            (Scheme(8, act="graph"), "w8"),
+            (Scheme(8), "w8g128-a8g64"),
+            (Scheme(8, act="graph"), "w8g128"),
         ],
     )
     def test_codes_of_the_checkpoint_are_kept_unless_others_are_asked_for(

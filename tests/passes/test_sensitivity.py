@@ -13,7 +13,8 @@ from sinterlm.passes.sensitivity import LIMITS, measured, wide_enough
 from tests.ir.graphs import config, plain_graph
 
 INT4 = GemmFormat(4, 32, True, "int8", 64)
-INT8 = GemmFormat(8, 0, True, "int8", 64)
+INT8 = GemmFormat(8, 128, True, "int8", 64)
+INT8_PER_CHANNEL = GemmFormat(8, 0, True, "int8", 64)
 RNG = np.random.default_rng(0)
 GAUSSIAN = RNG.standard_normal((200, 512)).astype(np.float32)
 OUTLIERS = (GAUSSIAN * np.where(RNG.random(512) < 0.02, 12, 1)).astype(np.float32)
@@ -47,9 +48,9 @@ def test_matrices_of_one_gemm_widen_together() -> None:
 def test_what_8_bits_do_not_hold_stays_wide() -> None:
     flat = {"w": np.concatenate([GAUSSIAN * 1e-3, GAUSSIAN[:, :1] * 3], axis=1)}
     error_of = measured(flat.__getitem__)
-    assert error_of("w", INT8) < LIMITS[8]  # the one large weight is all of a row's energy
+    assert error_of("w", INT8_PER_CHANNEL) < LIMITS[8]  # the one large weight is all of a row's energy
     heavy = {"w": RNG.standard_t(1.5, (200, 4096)).astype(np.float32)}
-    assert wide_enough(("w",), INT8, measured(heavy.__getitem__)) is None
+    assert wide_enough(("w",), INT8_PER_CHANNEL, measured(heavy.__getitem__)) is None
 
 
 def test_choices_reach_the_layout_and_its_hash() -> None:
@@ -63,7 +64,7 @@ def test_choices_reach_the_layout_and_its_hash() -> None:
     first, second = (made.layout.find(f"layers.{layer}.gate_up") for layer in (0, 1))
     assert first is not None and first.format is not None and first.format.bits == 4
     assert second is not None and second.format is not None
-    assert (second.format.bits, second.format.group) == (8, 0)
+    assert (second.format.bits, second.format.group) == (8, 128)
     assert made.layout.layout_hash != plain.layout.layout_hash
 
 

@@ -23,7 +23,7 @@ HELP: dict[str, str] = {
     "dtype": "precision of weights and KV cache; sums and the residual stream are always fp32",
     "quantization": "store matrices as 8 or 4 bit integers (default: in dtype)",
     "quant_group": "weights that share a scale: 0 (an output channel), 32, 64 or 128 (default: "
-    "0 for int8, 32 for int4)",
+    "128 for int8, 32 for int4)",
     "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only (default: int8)",
     "kv_cache_dtype": "what the KV cache holds; int8 = codes with a scale per token and KV head, "
     "about half of bf16's memory (auto = as dtype)",

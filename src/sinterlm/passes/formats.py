@@ -16,7 +16,7 @@ from sinterlm.errors import UsageError
 from sinterlm.ir import ops
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import ActDType, GemmFormat
-from sinterlm.options import QUANT_GROUPS, CompileOptions
+from sinterlm.options import DEFAULT_QUANT_GROUP, QUANT_GROUPS, CompileOptions
 from sinterlm.passes.sensitivity import ErrorOf, wide_enough
 
 #: Activations along k that share a scale, where heads are a multiple of it.
@@ -39,7 +39,7 @@ class Scheme:
         """
         if self.bits is None:
             return None
-        bits, group = self.bits, 0 if self.bits == 8 else 32
+        bits, group = self.bits, DEFAULT_QUANT_GROUP[self.bits]
         if _is_end(op):
             bits, group = 8, 0
         elif self.group is not None:

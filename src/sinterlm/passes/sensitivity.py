@@ -2,7 +2,7 @@
 
 The error of a matrix is that of its codes against its floats, Σ(w' − w)² / Σw², which is the share
 of noise in its outputs where inputs are alike in size; taken over evenly spaced rows. Normal
-weights have 0.7 % in groups of 32 at 4 bits, and 0.005 % to 0.008 % per channel at 8 bits. A matrix
+weights have 0.7 % in groups of 32 at 4 bits, and 0.002 % to 0.008 % at 8 bits. A matrix
 beyond the limit has weights far outside of their group's, and takes the next wider form.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sinterlm.ir.bf16 import from_bf16
 from sinterlm.ir.quant import GemmFormat
+from sinterlm.options import DEFAULT_QUANT_GROUP
 from sinterlm.passes.quantise import quantise
 
 #: Most error that codes of so many bits may have: twice, and some fifteen times, that of normal.
@@ -49,8 +50,8 @@ def measured(read_exact: Callable[[str], NDArray[Any]]) -> ErrorOf:
 def wide_enough(
     names: tuple[str, ...], form: GemmFormat | None, error_of: ErrorOf
 ) -> GemmFormat | None:
-    """``form``, or the first wider one in which none of the matrices exceeds its limit: 8 bits per
-    channel, then None, which is no codes at all."""
+    """``form``, or the first wider one in which none of the matrices exceeds its limit: 8 bits, then
+    None, which is no codes at all."""
     while form is not None and any(error_of(name, form) > LIMITS[form.bits] for name in names):
-        form = replace(form, bits=8, group=0) if form.bits == 4 else None
+        form = replace(form, bits=8, group=DEFAULT_QUANT_GROUP[8]) if form.bits == 4 else None
     return form
