@@ -17,7 +17,7 @@ from sinterlm.artifact.keys import CodeEntry, CodeIdentity
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.artifact.progress import LogProgress
 from sinterlm.artifact.storage import write_file
-from sinterlm.backends.cpu.toolchain import (
+from sinterlm.backends.cxx.toolchain import (
     compile_library,
     find_compiler,
     flags_for,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinterlm.backends.cpu.isa import available_isas
-from sinterlm.backends.cpu.toolchain import compile_library
+from sinterlm.backends.cxx.isa import available_isas
+from sinterlm.backends.cxx.toolchain import compile_library
 from sinterlm.ir.bf16 import (
     error_bound,
     flush,

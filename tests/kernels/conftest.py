@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sinterlm.backends.cpu.isa import available_isas, isa_macro
+from sinterlm.backends.cxx.isa import available_isas, isa_macro
 from sinterlm.options import IsaName
 from tests.kernels import coded, oplib
 from tests.kernels.coded import CodedLib

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.artifact.isa import best_isa
-from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, compile_library
+from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, compile_library
 from tests.kernels import coded as codedlib
 from tests.kernels import oplib
 from tests.kernels import test_attention as attention

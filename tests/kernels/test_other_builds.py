@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.artifact.isa import available_isas
-from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, find_compiler, flags_for
+from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler, flags_for
 from sinterlm.options import IsaName
 from tests.kernels.oplib import KV_CODES
 

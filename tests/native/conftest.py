@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinterlm.backends.cpu.isa import best_isa
+from sinterlm.backends.cxx.isa import best_isa
 from sinterlm.options import IsaName
 from tests.libraries import BuildLibrary
 from tests.native.tiny import Tiny, build_tiny

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sinterlm.artifact.manifest import ABI_VERSION
-from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, find_compiler
+from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import RowSampling, StepBatch
@@ -79,7 +79,7 @@ class TestLibrary:
             Library(tmp_path / "model.so")
 
     def test_another_library(self, build: Build) -> None:
-        from sinterlm.backends.cpu.isa import best_isa
+        from sinterlm.backends.cxx.isa import best_isa
 
         with pytest.raises(BundleError, match="sl_"):
             Library(build("samplelib.cpp", best_isa()))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinterlm.backends.cpu.isa import available_isas
+from sinterlm.backends.cxx.isa import available_isas
 from sinterlm.ir import reference_sampling as reference
 from sinterlm.ir.reference_sampling import RowSampling
 from sinterlm.options import IsaName

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sinterlm.backends.cpu.toolchain import find_compiler
+from sinterlm.backends.cxx.toolchain import find_compiler
 from sinterlm.options import IsaName
 from tests.libraries import BuildLibrary
 from tests.native.conftest import HERE

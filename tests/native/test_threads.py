@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinterlm.backends.cpu.toolchain import INCLUDE_DIRS, find_compiler
+from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler
 from tests.native.conftest import HERE
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from sinterlm.artifact.memo import Memo
-from sinterlm.backends.cpu import toolchain
 from sinterlm.backends.cpu.backend import CpuBackend
-from sinterlm.backends.cpu.isa import MACHINE_FLAGS, available_isas
-from sinterlm.backends.cpu.toolchain import Compiler, compile_library, find_compiler, flags_for
+from sinterlm.backends.cxx import toolchain
+from sinterlm.backends.cxx.isa import MACHINE_FLAGS, available_isas
+from sinterlm.backends.cxx.toolchain import Compiler, compile_library, find_compiler, flags_for
 from sinterlm.errors import CompileError, UsageError
 from sinterlm.options import ISA_LEVELS
 
@@ -192,7 +192,7 @@ def test_a_slow_compiler_is_stopped(tmp_path: Path) -> None:
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from sinterlm.backends.cpu.toolchain import Compiler, compile_library
+from sinterlm.backends.cxx.toolchain import Compiler, compile_library
 compiler = Compiler((sys.argv[1],), "g++", "g++ 12", "x86_64-linux-gnu")
 try:
     compile_library("", Path(sys.argv[2]) / "m.so", "generic", compiler)

@@ -118,7 +118,7 @@ def check_isa() -> Check:
 
 def check_compiler() -> Check:
     """The C++ compiler; its absence is no failure where the cache already has what is needed."""
-    from sinterlm.backends.cpu.toolchain import find_compiler
+    from sinterlm.backends.cxx.toolchain import find_compiler
     from sinterlm.errors import CompileError
 
     try:
@@ -223,7 +223,7 @@ def check_demo_model() -> Check:
 
 
 def check_gpu() -> Check:
-    """GPU drivers that can be opened; for information, nothing here uses them."""
+    """GPU drivers that can be opened: what ``--target`` of a GPU needs to run."""
     found = []
     for name, library in (("CUDA", "libcuda.so.1"), ("HIP", "libamdhip64.so")):
         try:
@@ -231,8 +231,13 @@ def check_gpu() -> Check:
         except OSError:
             continue
         found.append(f"{name} ({library})")
-    text = ", ".join(found) or "no CUDA or HIP driver"
-    return Check("gpu", "info", f"{text}; this version runs on the CPU", data={"drivers": found})
+    if not found:
+        text = "no CUDA or HIP driver: models can be compiled for a GPU here, and not run on one"
+    else:
+        text = (
+            f"{', '.join(found)}; used with --target of a GPU alone, which no device has confirmed"
+        )
+    return Check("gpu", "info", text, data={"drivers": found})
 
 
 def check_self_test(cache_dir: Path | None) -> Check:

@@ -50,8 +50,8 @@ def measured(read_exact: Callable[[str], NDArray[Any]]) -> ErrorOf:
 def wide_enough(
     names: tuple[str, ...], form: GemmFormat | None, error_of: ErrorOf
 ) -> GemmFormat | None:
-    """``form``, or the first wider one in which none of the matrices exceeds its limit: 8 bits, then
-    None, which is no codes at all."""
+    """``form``, or the first wider one in which none of the matrices exceeds its limit: 8 bits,
+    then None, which is no codes at all."""
     while form is not None and any(error_of(name, form) > LIMITS[form.bits] for name in names):
         form = replace(form, bits=8, group=DEFAULT_QUANT_GROUP[8]) if form.bits == 4 else None
     return form

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sinterlm.artifact.memo import Memo
 from sinterlm.backends.base import Toolchain
-from sinterlm.backends.cpu import toolchain
-from sinterlm.backends.cpu.isa import best_isa, parse_isa
+from sinterlm.backends.cxx import toolchain
+from sinterlm.backends.cxx.isa import best_isa, parse_isa
 from sinterlm.errors import CompileError
 from sinterlm.ir.plan import MatrixOrder, Plan
 

@@ -13,6 +13,7 @@
 #include "sinterlm/cpu_check.h"
 #include "sinterlm/error.h"
 #include "sinterlm/numa.h"
+#include "sinterlm/open_check.h"
 #include "sinterlm/sample.h"
 #include "sinterlm/spec.h"
 
@@ -58,60 +59,12 @@ struct Model {
 };
 
 inline sl_status check_open(const ModelSpec& spec, const sl_open_args& a) {
-  if (a.abi_version != SL_ABI_VERSION)
-    return fail(SL_MISMATCH, "the caller speaks ABI version %u and the library %u", a.abi_version,
-                SL_ABI_VERSION);
+  SL_TRY(check_abi(a));
   if (const char* missing = missing_feature())
     return fail(SL_MISMATCH, "the library is built for %s and this CPU lacks %s", SL_ISA_NAME,
                 missing);
-  if (a.layout_hash != spec.layout_hash)
-    return fail(SL_MISMATCH, "layout_hash is %016llx and the library was compiled for %016llx",
-                (unsigned long long)a.layout_hash, (unsigned long long)spec.layout_hash);
-  if (a.weights_bytes != static_cast<uint64_t>(spec.weights_bytes))
-    return fail(SL_MISMATCH, "weights_bytes is %llu and the library was compiled for %lld",
-                (unsigned long long)a.weights_bytes, (long long)spec.weights_bytes);
-  const struct {
-    const char* name;
-    int32_t value, low, high;
-  } ranges[] = {
-      {"num_threads", a.num_threads, 1, 1024},
-      {"max_tokens", a.max_tokens, 1, 1 << 20},
-      {"max_seqs", a.max_seqs, 1, a.max_tokens},
-      {"max_sample_rows", a.max_sample_rows, 1, a.max_tokens},
-      {"max_model_len", a.max_model_len, 1, 1 << 24},
-      {"num_inv_freq", a.num_inv_freq, spec.D / 2, spec.D / 2},
-      {"num_windows", a.num_windows, spec.num_layers, spec.num_layers},
-      {"num_slots", a.num_slots, 0, 1 << 24},
-  };
-  for (const auto& r : ranges)
-    if (r.value < r.low || r.value > r.high)
-      return fail(SL_INVALID, "%s is %d and must be in [%d, %d]", r.name, r.value, r.low, r.high);
-  const struct {
-    const char* name;
-    float value;
-    bool ok;
-  } numbers[] = {
-      {"rms_eps", a.rms_eps, a.rms_eps >= 0},
-      {"qk_eps", a.qk_eps, a.qk_eps >= 0},
-      {"attention_scale", a.attention_scale, true},
-      {"rope_attention_factor", a.rope_attention_factor, true},
-  };
-  for (const auto& n : numbers)
-    if (!n.ok || !std::isfinite(n.value))
-      return fail(SL_INVALID, "%s is %g", n.name, double{n.value});
-  if (a.flags & ~SL_OPEN_HUGE_PAGES) return fail(SL_INVALID, "flags is %u", a.flags);
-  if (!a.inv_freq) return fail(SL_INVALID, "inv_freq is null");
-  for (int i = 0; i < a.num_inv_freq; ++i)
-    if (!std::isfinite(a.inv_freq[i]))
-      return fail(SL_INVALID, "inv_freq[%d] is %g", i, a.inv_freq[i]);
-  if (!a.windows) return fail(SL_INVALID, "windows is null");
-  for (int i = 0; i < a.num_windows; ++i)
-    if (a.windows[i] < 0) return fail(SL_INVALID, "windows[%d] is %d", i, a.windows[i]);
-  if (!a.weights_path == !a.weights_base)
-    return fail(SL_INVALID, "give one of weights_path and weights_base");
-  if (reinterpret_cast<uintptr_t>(a.weights_base) % 64 != 0)
-    return fail(SL_INVALID, "weights_base is not aligned to 64 bytes");
-  return SL_OK;
+  return check_open_args(
+      {spec.layout_hash, spec.weights_bytes, spec.D, spec.num_layers, SL_OPEN_HUGE_PAGES}, a);
 }
 
 // A file descriptor, closed at the end.

@@ -1,6 +1,7 @@
 // sl_step and sl_head: one parallel region from token ids to tokens, or to those of several steps.
 #pragma once
 #include "sinterlm/head.h"
+#include "sinterlm/open.h"
 #include "sinterlm/step_check.h"
 
 namespace sl {

@@ -1,7 +1,12 @@
 // Everything that can be wrong with the arguments of a step, found before anything runs. Messages
-// name the argument, its index and its value.
+// name the argument, its index and its value. M is the model of any target: its `spec` has V,
+// num_layers and kv_width, and it keeps `args`, `slots` and `sampling`.
 #pragma once
-#include "sinterlm/open.h"
+#include <cmath>
+#include <cstring>
+
+#include "sinterlm/error.h"
+#include "sinterlm/sample_filter.h"
 
 namespace sl {
 
@@ -24,7 +29,8 @@ inline sl_status check_at(const char* name, int index, int64_t value, int64_t lo
               (long long)value, (long long)low, (long long)high);
 }
 
-inline sl_status check_kv(const Model& m, const sl_kv* kv) {
+template <class M>
+sl_status check_kv(const M& m, const sl_kv* kv) {
   SL_TRY(check_not_null(kv, "kv"));
   if (kv->size < sizeof(sl_kv)) return fail(SL_MISMATCH, "kv.size is %u", kv->size);
   SL_TRY(check_range("kv.num_pages", kv->num_pages, 1, INT32_MAX));
@@ -41,7 +47,8 @@ inline sl_status check_kv(const Model& m, const sl_kv* kv) {
 }
 
 // Several steps in one call need rows that nobody looks at in between.
-inline sl_status check_repeat(const Model& m, const sl_step_args& a) {
+template <class M>
+sl_status check_repeat(const M& m, const sl_step_args& a) {
   SL_TRY(check_range("num_steps", a.num_steps, 1, m.args.max_model_len));
   if (a.num_steps == 1) return SL_OK;
   SL_TRY(check_not_null(a.out_num_steps, "out_num_steps"));
@@ -57,7 +64,8 @@ inline sl_status check_repeat(const Model& m, const sl_step_args& a) {
 }
 
 // One sequence: its place in the batch, positions, pages, and the tokens themselves.
-inline sl_status check_sequence(const Model& m, const sl_step_args& a, int s) {
+template <class M>
+sl_status check_sequence(const M& m, const sl_step_args& a, int s) {
   const int first = a.query_start[s], last = a.query_start[s + 1];
   if (last <= first || last > a.num_tokens)
     return fail(SL_INVALID, "query_start[%d] is %d and must be in (%d, %d]", s + 1, last, first,
@@ -138,7 +146,8 @@ inline sl_status check_sampling(const sl_sampling& s, int row, int V, int max_lo
 }
 
 // Copies the rows' parameters into m.sampling: structs of a newer caller may be longer.
-inline sl_status take_sampling(Model& m, const sl_step_args& a) {
+template <class M>
+sl_status take_sampling(M& m, const sl_step_args& a) {
   const char* from = reinterpret_cast<const char*>(a.sampling);
   SL_TRY(check_range("max_logprobs", a.max_logprobs, 0, m.spec->V));
   bool logprobs = false;
@@ -170,7 +179,8 @@ inline sl_status take_sampling(Model& m, const sl_step_args& a) {
   return SL_OK;
 }
 
-inline sl_status check_step(Model& m, const sl_step_args& a) {
+template <class M>
+sl_status check_step(M& m, const sl_step_args& a) {
   constexpr uint32_t kKnown = SL_STEP_SAMPLE | SL_STEP_LOGITS | SL_STEP_HIDDEN;
   if (a.flags == 0 || a.flags & ~kKnown) return fail(SL_INVALID, "flags is %u", a.flags);
   SL_TRY(check_range("num_tokens", a.num_tokens, 1, m.args.max_tokens));

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from sinterlm.artifact.memo import FileStamp, Memo, digest_json
-from sinterlm.backends.cpu.isa import MACHINE_FLAGS, isa_macro
+from sinterlm.backends.cxx.isa import MACHINE_FLAGS, isa_macro
 from sinterlm.errors import CompileError
 from sinterlm.options import IsaName
 
