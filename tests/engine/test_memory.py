@@ -21,6 +21,7 @@ SHAPE = ModelShape("Llama", 128256, 4096, 32, 32, 8, 128, 14336)
 
 def manifest(max_model_len: int = 32768, weights: int = 16 * GB, kv: str = "bf16") -> Any:
     return SimpleNamespace(
+        target="cpu",
         shape=SHAPE,
         kv_bytes_per_token=kv_token_bytes(SHAPE, kv),
         max_model_len=max_model_len,
@@ -28,6 +29,16 @@ def manifest(max_model_len: int = 32768, weights: int = 16 * GB, kv: str = "bf16
         activation_bytes_per_token=100_000,
         activation_bytes_per_row=520_000,
     )
+
+
+def test_memory_of_a_device_is_asked_for() -> None:
+    """This machine's memory says nothing of it."""
+    given = manifest()
+    given.target = "gfx942"
+    with pytest.raises(UsageError, match=r"--target gfx942 .* --kv-cache-memory-bytes"):
+        plan_kv(given, EngineOptions(), 40 * GB)
+    plan = plan_kv(given, EngineOptions(kv_cache_memory_bytes=100 * GB), GB)
+    assert 99 * GB < plan.kv_bytes <= 100 * GB
 
 
 def test_capped_at_what_can_be_used() -> None:

@@ -14,11 +14,13 @@ from sinterlm.artifact.bundle import open_bundle
 from sinterlm.artifact.memo import Memo
 from sinterlm.backends.gpu import objects
 from sinterlm.backends.gpu.devices import DEVICES
+from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import archive, compile_objects, faults, read_archive
 from sinterlm.backends.gpu.table import Kernel, Table
 from sinterlm.backends.gpu.worker import _amd_counts_after_stores
 from sinterlm.cli import main
 from sinterlm.errors import BundleError, CompileError
+from sinterlm.runtime.model import Model
 from tests.gpu.models import tiny
 
 
@@ -155,7 +157,7 @@ TINY = {
 
 @pytest.mark.usefixtures("triton")
 def test_compile_inspect_and_refuse_to_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way on the command line: weights packed, table shown, and no run."""
     folder, out = tmp_path / "tiny", tmp_path / "bundle"
@@ -168,7 +170,7 @@ def test_compile_inspect_and_refuse_to_run(
     assert facts["weights_bytes"] > 0
 
     bundle = open_bundle(out, any_isa=True)
-    table, made = read_archive(bundle.library_path.read_bytes())
+    table, made = read_archive(archive_of(bundle.library_path.read_bytes()))
     assert isinstance(table, Table) and len(table.launches) == 13
     assert all(not faults(one, DEVICES["gfx942"]) for one in made)
 
@@ -181,7 +183,11 @@ def test_compile_inspect_and_refuse_to_run(
     assert main(["inspect", str(folder), *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["launches"]["per_step"] == 13
 
-    with pytest.raises(BundleError, match="compiled for target 'gfx942'"):
-        open_bundle(out)
-    assert main(["run", str(out), "--prompt", "x"]) == 2
-    assert "compiled for target 'gfx942'" in capsys.readouterr().err
+    run = ["run", str(out), "--prompt", "x"]
+    assert main(run) == 2
+    assert "compiled for gfx942 and --target is cpu" in capsys.readouterr().err
+    assert main([*run, "--target", "gfx942"]) == 2
+    assert "--kv-cache-memory-bytes" in capsys.readouterr().err
+    monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(tmp_path / "libnone.so"))
+    with pytest.raises(BundleError, match=r"no HIP driver: .*libnone.so"):
+        Model(bundle, num_threads=1, max_tokens=1, max_seqs=1, max_sample_rows=1, max_model_len=16)

@@ -48,7 +48,9 @@ def test_matrices_of_one_gemm_widen_together() -> None:
 def test_what_8_bits_do_not_hold_stays_wide() -> None:
     flat = {"w": np.concatenate([GAUSSIAN * 1e-3, GAUSSIAN[:, :1] * 3], axis=1)}
     error_of = measured(flat.__getitem__)
-    assert error_of("w", INT8_PER_CHANNEL) < LIMITS[8]  # the one large weight is all of a row's energy
+    assert (
+        error_of("w", INT8_PER_CHANNEL) < LIMITS[8]
+    )  # the one large weight is all of a row's energy
     heavy = {"w": RNG.standard_t(1.5, (200, 4096)).astype(np.float32)}
     assert wide_enough(("w",), INT8_PER_CHANNEL, measured(heavy.__getitem__)) is None
 

@@ -1,6 +1,6 @@
 """The content-addressed cache: code and packed weights by two keys, bundles that name them.
 
-    <cache>/code/<key>/      code.json  model.so  model.cpp (of a GPU: model.gpu  model.table)
+    <cache>/code/<key>/      code.json  model.so  model.cpp (of a GPU: model.table)
     <cache>/weights/<key>/   weights.json  weights-00000.bin
     <cache>/bundles/<key>/   manifest.json  text.json     key = SHA-256 of manifest.json; its paths
                              lead to ../../code/<key>/model.so and ../../weights/<key>/…

@@ -19,6 +19,7 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
     """Launches of a step, kernels by what they serve, scratch memory. Raises BundleError."""
     from sinterlm.backends.gpu.devices import DEVICES
     from sinterlm.backends.gpu.launch import launch_table
+    from sinterlm.backends.gpu.library import archive_of
     from sinterlm.backends.gpu.objects import read_archive
     from sinterlm.backends.gpu.tuning import read_tiles
 
@@ -26,7 +27,7 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
     if subject.bundle is not None:
         path = subject.bundle.library_path
         try:
-            table, objects = read_archive(path.read_bytes())
+            table, objects = read_archive(archive_of(path.read_bytes()))
         except ValueError as exc:
             raise BundleError(f"{path}: {exc}; compile the model again") from exc
         found = {o.kernel.id: {n: o.facts.get(n) for n in _SHOWN} for o in objects}

@@ -142,6 +142,14 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
 
 
 def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows: int) -> int:
+    asked = options.kv_cache_memory_bytes
+    if manifest.target != "cpu":  # the device's memory, which its driver tells when it is asked for
+        if asked is None:
+            raise UsageError(
+                f"with --target {manifest.target} the KV cache lies on the device: say how much of "
+                "its memory to take, with --kv-cache-memory-bytes"
+            )
+        return asked
     weights = 0 if manifest.weights is None else manifest.weights.nbytes
     activations = (
         manifest.activation_bytes_per_token * options.max_num_batched_tokens
@@ -150,7 +158,6 @@ def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows:
     rope_table = (options.max_model_len or manifest.max_model_len) * manifest.shape.head_dim * 4
     working = activations + rope_table + _RESERVE_BYTES
     fixed = weights + working
-    asked = options.kv_cache_memory_bytes
     if fixed + (asked or 0) > available:
         cache = f" + {_show(asked)} of KV cache" if asked else ""
         raise ResourceError(

@@ -1,4 +1,5 @@
-"""A GPU target behind the ``Backend`` protocol: the launch table, and Triton as its compiler."""
+"""A GPU target behind the ``Backend`` protocol: the launch table, Triton as the compiler of its
+kernels, and a C++ compiler for the host, once for all models."""
 
 from __future__ import annotations
 
@@ -7,20 +8,21 @@ from pathlib import Path
 
 from sinterlm.artifact.memo import Memo
 from sinterlm.backends.base import Toolchain
-from sinterlm.backends.gpu import objects
+from sinterlm.backends.cxx import toolchain
+from sinterlm.backends.gpu import library, objects
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.table import Table
-from sinterlm.errors import UsageError
+from sinterlm.errors import CompileError, UsageError
 from sinterlm.ir.plan import MatrixOrder, Plan
 
 
 @dataclass(frozen=True)
 class GpuBackend:
-    """One launch table per model, with code objects for one device family."""
+    """One launch table per model, with code objects for one device family, behind a host."""
 
     device: Device
-    library_name: str = "model.gpu"
+    library_name: str = "model.so"
     source_name: str = "model.table"
     weight_order: MatrixOrder = "tiles"
 
@@ -36,18 +38,24 @@ class GpuBackend:
         return self.device.name
 
     def toolchain(self, isa: str, memo: Memo) -> Toolchain:
-        """Triton's version, and the kernels' sources; ``compiler`` is None without Triton."""
+        """Triton, the C++ compiler and all sources; ``compiler`` is None where one is missing."""
+        sources = f"{objects.sources_sha256()} {library.host_sha256()}"
         version = objects.triton_version()
-        compiler = None if version is None else f"triton {version}"
-        return Toolchain(compiler, (), objects.sources_sha256())
+        try:
+            cxx = toolchain.find_compiler(memo=memo)
+        except CompileError:
+            return Toolchain(None, (), sources)
+        compiler = None if version is None else f"triton {version}; {cxx.identity}"
+        return Toolchain(compiler, toolchain.flags_for("generic", cxx), sources)
 
     def emit(self, plan: Plan, isa: str) -> str:
         """The launch table's text."""
         return launch_table(plan, self.device).to_text()
 
     def build(self, source: str, isa: str, out: Path, memo: Memo) -> None:
-        """Compile the kernels of ``source`` and write table and objects to ``out``. Raises
-        CompileError."""
+        """Compile the kernels of ``source`` and write the host with table and objects to ``out``.
+        Raises CompileError."""
         kernels = Table.from_text(source).kernels
+        host = library.host_library(memo)
         made = objects.compile_objects(kernels, self.device, memo)
-        out.write_bytes(objects.archive(source, made))
+        out.write_bytes(library.join(host, objects.archive(source, made)))

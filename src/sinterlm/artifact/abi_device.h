@@ -1,0 +1,57 @@
+/* What a library for a GPU has beside abi.h: a stream and memory of the caller's, and a step that
+ * is only enqueued. Pointers called `device` are the device's; all others are the host's.
+ */
+#ifndef SINTERLM_ABI_DEVICE_H
+#define SINTERLM_ABI_DEVICE_H
+#include "abi.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* For sl_open. With SL_OPEN_BORROW sl_bind comes before the first step, and weights_base, if given,
+ * is a device pointer, aligned to 256 bytes. */
+#define SL_OPEN_EAGER 2u  /* launch every kernel of every step: no graphs */
+#define SL_OPEN_BORROW 4u /* stream and workspace are the caller's */
+
+typedef struct sl_bind_args {
+  uint32_t size;
+  void* stream;             /* hipStream_t or CUstream; all work goes there */
+  void* workspace;          /* device, aligned to 256 bytes */
+  uint64_t workspace_bytes; /* at least workspace_bytes of sl_describe(model) */
+} sl_bind_args;
+
+/* One step whose inputs are on the device already. Nothing is checked but what the host can see. */
+typedef struct sl_enqueue_args {
+  uint32_t size;
+  int32_t num_tokens;
+  int32_t num_seqs;
+  int32_t num_sample_rows;
+  int32_t is_decode;           /* 1: every sequence has one token */
+  const int32_t* token_ids;    /* device [num_tokens] */
+  const int32_t* positions;    /* device [num_tokens] */
+  const int32_t* kv_slots;     /* device [num_tokens] page * page_tokens + place in it */
+  const int32_t* page_table;   /* device [num_seqs][page_table_stride] */
+  const int32_t* query_start;  /* device [num_seqs + 1] */
+  const int32_t* context_lens; /* device [num_seqs] */
+  const int32_t* sample_rows;  /* device [num_sample_rows] */
+  int32_t page_table_stride;
+  int32_t page_tokens;
+  int64_t page_stride; /* elements, multiples of 16, as are the next two */
+  int32_t token_stride;
+  int32_t head_stride;
+  void* const* k_base; /* [layers] device */
+  void* const* v_base; /* [layers] device */
+  float* out_logits;   /* device [num_sample_rows][vocabulary rounded up to 64] */
+  int32_t* out_tokens; /* device [num_sample_rows] the most likely ones; NULL = not wanted */
+} sl_enqueue_args;
+
+SL_API sl_status sl_bind(sl_model* model, const sl_bind_args* args);
+/* Enqueues a step on the bound stream. Neither waits nor allocates, so the stream may be being
+ * captured. */
+SL_API sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

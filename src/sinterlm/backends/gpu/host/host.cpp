@@ -1,0 +1,130 @@
+// The C ABI of a library for a GPU: one file for every model and device, with the launch table and
+// code objects of one model behind it. No exception crosses.
+#include <new>
+
+#include "step.h"
+
+struct sl_model {
+  std::unique_ptr<slg::Model> impl;
+};
+
+namespace slg {
+
+template <class F>
+sl_status guarded(F&& f) noexcept {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return fail(SL_NO_MEMORY, "out of memory");
+  } catch (const std::exception& e) {
+    return fail(SL_INTERNAL, "%s", e.what());
+  } catch (...) {
+    return fail(SL_INTERNAL, "unknown exception");
+  }
+}
+
+template <class Args>
+sl_status check_call(const char* call, bool objects, const Args* args) {
+  if (!objects || !args) return fail(SL_INVALID, "%s: a required pointer is null", call);
+  if (args->size < sizeof(Args))
+    return fail(SL_MISMATCH, "%s: the caller's struct has %u bytes and this library needs %zu",
+                call, args->size, sizeof(Args));
+  return SL_OK;
+}
+
+inline std::string describe(const Table& t, const Model* m) {
+  std::ostringstream out;
+  out << "{\"abi_version\": " << SL_ABI_VERSION << ", \"isa\": \"" << t.device
+      << "\", \"dtype\": \"bf16\", \"kv_cache_dtype\": \"bf16\", \"layout_hash\": "
+      << t.facts.at("layout_hash") << ", \"weights_bytes\": " << t.facts.at("weights_bytes")
+      << ", \"shape\": {\"num_layers\": " << t.fact("layers")
+      << ", \"hidden_size\": " << t.fact("hidden") << ", \"num_heads\": " << t.fact("heads")
+      << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")
+      << ", \"vocab_size\": " << t.fact("vocab") << "}, \"probe_bytes\": 0";
+  if (m)
+    out << ", \"device\": \"" << m->driver.device()
+        << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
+        << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1";
+  out << ", \"ops\": []}";
+  return out.str();
+}
+
+}  // namespace slg
+
+extern "C" {
+
+uint32_t sl_abi_version(void) { return SL_ABI_VERSION; }
+
+const char* sl_last_error(void) { return sl::last_error(); }
+
+int64_t sl_describe(const sl_model* model, char* buf, int64_t cap) {
+  int64_t needed = -1;
+  slg::guarded([&] {
+    slg::Table own;
+    if (!model) SL_TRY(slg::read_own_table(&own));
+    const std::string text =
+        slg::describe(model ? model->impl->table : own, model ? model->impl.get() : nullptr);
+    needed = static_cast<int64_t>(text.size()) + 1;
+    if (buf && cap > 0) {
+      const int64_t n = std::min(cap, needed) - 1;
+      std::memcpy(buf, text.data(), n);
+      buf[n] = 0;
+    }
+    return SL_OK;
+  });
+  return needed;
+}
+
+sl_status sl_open(const sl_open_args* args, sl_model** out) {
+  return slg::guarded([&] {
+    SL_TRY(slg::check_call("sl_open", out != nullptr, args));
+    auto model = std::make_unique<sl_model>();
+    SL_TRY(slg::open_model(*args, &model->impl));
+    *out = model.release();
+    return SL_OK;
+  });
+}
+
+void sl_close(sl_model* model) { delete model; }
+
+sl_status sl_kv_alloc(sl_model* model, const sl_kv_args* args, sl_kv* out) {
+  return slg::guarded([&] {
+    SL_TRY(slg::check_call("sl_kv_alloc", model && out, args));
+    return slg::kv_alloc(*model->impl, *args, out);
+  });
+}
+
+void sl_kv_free(sl_model* model, sl_kv* kv) {
+  if (model && kv) slg::kv_free(*model->impl, kv);
+}
+
+sl_status sl_step(sl_model* model, const sl_step_args* args) {
+  return slg::guarded([&] {
+    SL_TRY(slg::check_call("sl_step", model != nullptr, args));
+    return slg::step(*model->impl, *args);
+  });
+}
+
+sl_status sl_head(sl_model*, const sl_head_args*) {
+  return sl::fail(SL_INVALID, "sl_head: logits of given hidden states are not made on a GPU");
+}
+
+sl_status sl_probe(sl_model*, double, double*, double*) {
+  return sl::fail(SL_INVALID, "sl_probe: the peaks of a GPU are not measured by this version");
+}
+
+sl_status sl_bind(sl_model* model, const sl_bind_args* args) {
+  return slg::guarded([&] {
+    SL_TRY(slg::check_call("sl_bind", model != nullptr, args));
+    return slg::bind(*model->impl, *args);
+  });
+}
+
+sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args) {
+  return slg::guarded([&] {
+    SL_TRY(slg::check_call("sl_enqueue", model != nullptr, args));
+    return slg::enqueue(*model->impl, *args);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,98 @@
+"""A tiny model's library for a GPU with the driver that it runs on, for tests of the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from sinterlm.backends.gpu.simulator import Part, Simulator
+from sinterlm.backends.gpu.table import Table
+from sinterlm.compile import model_constants, model_shape
+from sinterlm.runtime.batch import RowSampling, StepBatch
+from sinterlm.runtime.model import Model
+from tests.gpu.models import TinyGpu
+from tests.gpu.recording import RecordingDriver
+
+PAGES = {0: [3, 9, 5], 1: [0, 7, 2], 2: [12, 1, 14]}
+PROMPTS = {0: [5, 17, 99, 3, 120, 8, 64], 1: [1], 2: [130, 22, 22]}
+
+
+def for_few_rows(table: Table) -> Table:
+    """The kernels that steps of at most 16 tokens need: others would only be compiled."""
+    chosen: dict[tuple[str, str], int] = {}
+    for choice in table.choices:
+        chosen.setdefault((choice.slot, choice.kind), choice.kernel)
+    kept = sorted(set(chosen.values()))
+    return replace(
+        table,
+        kernels=tuple(replace(table.kernels[old], id=new) for new, old in enumerate(kept)),
+        choices=tuple(
+            replace(c, kernel=kept.index(c.kernel), most=0)
+            for c in table.choices
+            if chosen[c.slot, c.kind] == c.kernel
+        ),
+    )
+
+
+@dataclass
+class Machine:
+    """A library with its driver, and what it was made from."""
+
+    tiny: TinyGpu
+    table: Table
+    driver: RecordingDriver
+    library: Path
+    weights: Path
+
+    def open(self, **sizes: int) -> Model:
+        config = self.tiny.graph.config
+        manifest = SimpleNamespace(
+            constants=model_constants(config), layout_hash=self.tiny.plan.layout.layout_hash,
+            shape=model_shape(config), kv_bytes_per_token=config.num_layers * config.num_kv_heads
+            * config.head_dim * 4,
+        )  # fmt: skip
+        bundle = SimpleNamespace(
+            manifest=manifest, weights_path=self.weights, library_path=self.library,
+            root=self.library.parent,
+        )  # fmt: skip
+        given = {"max_tokens": 16, "max_seqs": 8, "max_sample_rows": 8, "max_model_len": 64,
+                 "num_slots": 4, **sizes}  # fmt: skip
+        return Model(bundle, num_threads=1, **given)  # type: ignore[arg-type]
+
+
+def batch(
+    *runs: tuple[int, int, list[int]], sampling: RowSampling | None = None, logits: bool = True,
+    slots: bool = True,
+) -> StepBatch:  # fmt: skip
+    """(sequence, first position, tokens) of each; every sequence is drawn after its last token."""
+    lengths = [len(tokens) for _, _, tokens in runs]
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    table = np.zeros((len(runs), 4), np.int32)
+    for row, (seq, *_) in zip(table, runs, strict=True):
+        row[:3] = PAGES[seq]
+    ends = [first + len(tokens) for _, first, tokens in runs]
+    rows = tuple(replace(sampling or RowSampling(), position=end) for end in ends)
+    return StepBatch(
+        token_ids=np.concatenate([t for *_, t in runs]).astype(np.int32),
+        positions=np.concatenate([f + np.arange(len(t)) for _, f, t in runs]).astype(np.int32),
+        query_start=starts,
+        context_lens=np.array(ends, np.int32),
+        page_table=table,
+        sample_rows=starts[1:] - 1,
+        sampling=rows,
+        slots=np.array([seq for seq, *_ in runs], np.int32) if slots else None,
+        want_logits=logits,
+        max_logprobs=0 if sampling is None else max(0, sampling.num_logprobs),
+    )
+
+
+def steps_of(model: Model, simulator: Simulator, runs: list[tuple[int, int, list[int]]]) -> None:
+    """One step on both; equal tokens, and equal bits of logits."""
+    found = model.step(batch(*runs))
+    want = simulator.step(*(Part(PAGES[s], f, t, slot=s) for s, f, t in runs))
+    assert found.logits is not None
+    assert np.array_equal(found.logits, want.logits)
+    assert found.tokens.tolist() == want.ids.tolist()
