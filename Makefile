@@ -3,6 +3,8 @@
 #   make demo       install, compile the demo model, answer a question, measure, prove invariance
 #   make test       the default suite          make test-all   everything, slow tests too
 #   make check      lint, types, layering, C++ format           make format     rewrite to pass it
+#   make test-emu TINYGRAD_PATH=…   machine code of GPU kernels on tinygrad's emulator
+#   make verify-gpu TARGET=gfx942 BUDGET=60   on a machine with the device: every kernel, a model, speed
 #   make dist       wheel and sdist in dist/   make goldens    regenerate tests/goldens (needs torch)
 #   make setup      the development environment                make clean      remove what was made
 #   make bench      SmolLM2 against the peers that are installed, within the hour; resumable
@@ -31,11 +33,11 @@ CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all soak check format dist goldens train-tiny clean \
+.PHONY: help setup demo test test-all test-emu verify-gpu soak check format dist goldens train-tiny clean \
   bench bench-quick bench-full bench-setup bench-parity
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 # ---- environments: one stamp each, remade when pyproject.toml changes
 
@@ -131,6 +133,14 @@ test: setup
 
 test-all: setup $(VENV)/stamps/browser $(VENV)/stamps/fuzz
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-emu: setup
+	@test -n "$(TINYGRAD_PATH)" || { echo "make: give TINYGRAD_PATH=<a checkout of tinygrad>" >&2; exit 1; }
+	TINYGRAD_PATH=$(abspath $(TINYGRAD_PATH)) $(BIN)/python -m pytest -q tests/gpu/test_emulator.py --durations=0 $(PYTEST_ARGS)
+
+verify-gpu: setup
+	@test -n "$(TARGET)" || { echo "make: give TARGET=gfx942 or sm_90, and BUDGET in minutes" >&2; exit 1; }
+	$(BIN)/python scripts/verify_gpu.py --target $(TARGET) --budget $(or $(BUDGET),60)
 
 soak: setup
 	SOAK_SECONDS=300 $(BIN)/python -m pytest -q -s tests/serve/load/test_soak.py

@@ -56,4 +56,5 @@ def machine(
     path = build_driver(tmp_path, device.vendor)
     driver.attach(path)
     monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(path))
-    yield Machine(model, table, driver, library, weights)
+    shared = {o.kernel.id: o.facts["shared_bytes"] for o in objects}
+    yield Machine(model, table, driver, library, weights, shared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -46,21 +47,25 @@ class Machine:
     driver: RecordingDriver
     library: Path
     weights: Path
+    shared_bytes: dict[int, int]  #: of each kernel, by id
 
-    def open(self, **sizes: int) -> Model:
+    def bundle(self) -> Any:
+        """What ``Model`` takes of a bundle."""
         config = self.tiny.graph.config
         manifest = SimpleNamespace(
             constants=model_constants(config), layout_hash=self.tiny.plan.layout.layout_hash,
             shape=model_shape(config), kv_bytes_per_token=config.num_layers * config.num_kv_heads
             * config.head_dim * 4,
         )  # fmt: skip
-        bundle = SimpleNamespace(
+        return SimpleNamespace(
             manifest=manifest, weights_path=self.weights, library_path=self.library,
             root=self.library.parent,
         )  # fmt: skip
+
+    def open(self, **sizes: int) -> Model:
         given = {"max_tokens": 16, "max_seqs": 8, "max_sample_rows": 8, "max_model_len": 64,
                  "num_slots": 4, **sizes}  # fmt: skip
-        return Model(bundle, num_threads=1, **given)  # type: ignore[arg-type]
+        return Model(self.bundle(), num_threads=1, **given)
 
 
 def batch(

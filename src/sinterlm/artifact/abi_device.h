@@ -51,6 +51,14 @@ SL_API sl_status sl_bind(sl_model* model, const sl_bind_args* args);
  * captured. */
 SL_API sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args);
 
+/* For whoever verifies kernels on a device: steps run the launches [first, last) of the table
+ * alone, eagerly, and draw nothing (every token is -1); 0, 0 = steps are whole again. */
+SL_API sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last);
+/* Copies between `data` and what an argument of the table names: `buffer:NAME`, or `k:LAYER`, which
+ * is the layer's pages. The call waits. */
+SL_API sl_status sl_peek(sl_model* model, const char* name, void* data, int64_t bytes);
+SL_API sl_status sl_poke(sl_model* model, const char* name, const void* data, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

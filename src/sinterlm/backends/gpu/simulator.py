@@ -71,6 +71,7 @@ class Simulator:
             "drawn": np.full(num_slots, -1, np.int32),
         }
         self.launches = 0
+        self.only = range(len(table.launches))  #: launches of the table that steps run
 
     def buffer(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a buffer."""
@@ -119,7 +120,7 @@ class Simulator:
         )
 
     def run(self, sizes: dict[str, int], is_decode: bool, order: Order) -> None:
-        """Every launch of the table."""
+        """Every launch of the table that is among ``only``."""
         kv = self.kv[0]
         dim = kv.shape[-1]
         values = {
@@ -127,7 +128,7 @@ class Simulator:
             "table_stride": self.inputs["page_table"].shape[1], "page_tokens": self.page_tokens,
             "page_stride": kv[0].size, "head_stride": kv[0, 0].size, "token_stride": dim,
         }  # fmt: skip
-        for launch in self.table.launches:
+        for launch in self.table.launches[self.only.start : self.only.stop]:
             kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
             types = SIGNATURES[kernel.name].args
             args = {

@@ -2,7 +2,7 @@
 // code objects of one model behind it. No exception crosses.
 #include <new>
 
-#include "step.h"
+#include "debug.h"
 
 struct sl_model {
   std::unique_ptr<slg::Model> impl;
@@ -124,6 +124,29 @@ sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args) {
   return slg::guarded([&] {
     SL_TRY(slg::check_call("sl_enqueue", model != nullptr, args));
     return slg::enqueue(*model->impl, *args);
+  });
+}
+
+sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last) {
+  return slg::guarded([&] {
+    if (!model) return sl::fail(SL_INVALID, "sl_launch_range: a required pointer is null");
+    return slg::launch_range(*model->impl, first, last);
+  });
+}
+
+sl_status sl_peek(sl_model* model, const char* name, void* data, int64_t bytes) {
+  return slg::guarded([&] {
+    if (!model || !name || !data)
+      return sl::fail(SL_INVALID, "sl_peek: a required pointer is null");
+    return slg::copy_named(*model->impl, name, data, nullptr, bytes);
+  });
+}
+
+sl_status sl_poke(sl_model* model, const char* name, const void* data, int64_t bytes) {
+  return slg::guarded([&] {
+    if (!model || !name || !data)
+      return sl::fail(SL_INVALID, "sl_poke: a required pointer is null");
+    return slg::copy_named(*model->impl, name, nullptr, data, bytes);
   });
 }
 

@@ -15,6 +15,7 @@ inline sl_status launch_all(Model& m, const Sizes& sizes, bool is_decode) {
         kernel_of[slot] = c.kernel;
   const unsigned warp = m.table.fact("warp");
   for (size_t i = 0; i < m.table.launches.size(); ++i) {
+    if (m.last_launch > 0 && (int(i) < m.first_launch || int(i) >= m.last_launch)) continue;
     const Launch& launch = m.table.launches[i];
     const int number = kernel_of[m.slot_of_launch[i]];
     if (number < 0)
@@ -95,7 +96,8 @@ inline sl_status capture(Model& m, const GraphKey& key, bool is_decode, void** o
 inline sl_status run_launches(Model& m, const Sizes& sizes, bool is_decode) {
   const GraphKey key{sizes, m.values.table_stride};
   ++m.steps;
-  if (!m.graphs || !is_decode || m.stream != m.own_stream || m.met.insert(key).second)
+  if (!m.graphs || m.last_launch > 0 || !is_decode || m.stream != m.own_stream ||
+      m.met.insert(key).second)
     return launch_all(m, sizes, is_decode);
   auto found = m.captured.find(key);
   if (found == m.captured.end()) {

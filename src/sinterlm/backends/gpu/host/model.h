@@ -67,6 +67,7 @@ struct Model {
   void* stream = nullptr;
   void* own_stream = nullptr;
   bool graphs = true;
+  int first_launch = 0, last_launch = 0;  // that steps run alone; 0, 0 = all
 
   Memory own_weights, own_workspace, staging, read_back;
   const char* weights = nullptr;

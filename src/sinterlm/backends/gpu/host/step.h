@@ -227,6 +227,10 @@ inline sl_status run_step(Model& m, const sl_step_args& a, const Cursor& at, int
   SL_TRY(m.driver.check(m.driver.to_device(m.input_region, m.staging.data(), bytes, m.stream),
                         "copying inputs"));
   SL_TRY(run_launches(m, sizes, a.num_tokens == a.num_seqs));
+  if (m.last_launch > 0) {
+    if (sample) std::fill_n(a.out_tokens + first, sizes.R, -1);
+    return m.driver.check(m.driver.stream_wait(m.stream), "running a part of the step");
+  }
   SL_TRY(finish(m, a, sizes, first, sample));
   return sample ? remember(m, a, first) : SL_OK;
 }

@@ -1,0 +1,363 @@
+"""Verifies a GPU target on its device: `make verify-gpu TARGET=gfx942 BUDGET=60`.
+
+    python scripts/verify_gpu.py --target gfx942 [--budget MINUTES] [--stop-after-op N]
+                                 [--model NAME] [--output DIR]
+
+Every check is a process of its own with a time limit, so that one bad kernel does not end the hour:
+
+    load        the driver takes every code object
+    op          each launch of a step alone: its inputs come from Triton's interpreter, which also
+                says what it must leave; of a trained model and of one layer at real shapes
+    model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
+    invariance  one request alone and among up to 127 others
+    speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
+
+DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinterlm import LLM, SamplingParams, __version__
+from sinterlm.artifact.bundle import Bundle
+from sinterlm.backends.gpu.library import archive_of
+from sinterlm.backends.gpu.objects import read_archive
+from sinterlm.backends.gpu.signatures import SIGNATURES
+from sinterlm.backends.gpu.simulator import Part, Simulator
+from sinterlm.backends.gpu.table import Table
+from sinterlm.compile import compile_model
+from sinterlm.frontend.named_configs import named_configs
+from sinterlm.ir.bf16 import from_bf16
+from sinterlm.ir.graph import Rope
+from sinterlm.options import CompileOptions
+from sinterlm.runtime.batch import RowSampling, StepBatch
+from sinterlm.runtime.model import Model
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED = ROOT / "tests/assets/tiny-llama"
+SIZES = {"max_tokens": 32, "max_seqs": 8, "max_sample_rows": 8, "max_model_len": 64}
+PAGE_TOKENS = 16
+#: A step is some sequences: pages, first position, tokens.
+Runs = list[tuple[list[int], int, list[int]]]
+STEPS: dict[str, Runs] = {
+    "prefill": [([3, 9, 5], 0, [5, 17, 99, 3, 120, 8, 64]), ([0, 7, 2], 0, [1])],
+    "many": [([3, 9, 5], 0, list(range(20, 37))), ([0, 7, 2], 0, [1, 2, 3])],
+    "decode": [([3, 9, 5], 7, [11]), ([0, 7, 2], 1, [12])],
+}
+#: What kernels leave for others; the rest is their own.
+OUTPUTS = ("x", "xw", "ssq", "q", "y", "h", "logits", "ids", "logprobs")
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+
+
+@dataclass
+class Result:
+    """How one check ended."""
+
+    check: str
+    state: str  #: passed, failed, or not run
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+
+# -- checks, each in a process of its own ----------------------------------------------------------
+
+
+class Device:
+    """A bundle on the device, step for step beside the interpreter."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.table, _ = read_archive(archive_of(bundle.library_path.read_bytes()))
+        sizes: dict[str, Any] = dict(SIZES)
+        self.model = Model(bundle, num_threads=1, **sizes)
+        self.model.alloc_kv(16, PAGE_TOKENS)
+        assert bundle.weights_path is not None
+        weights = np.memmap(bundle.weights_path, np.uint8, "r")
+        constants = bundle.manifest.constants
+        rope = Rope(constants.inv_freq, constants.rope_attention_factor)
+        self.simulator = Simulator(
+            self.table, weights, rope, max_tokens=SIZES["max_tokens"],
+            max_rows=SIZES["max_sample_rows"], max_seqs=SIZES["max_seqs"],
+            max_len=SIZES["max_model_len"], num_pages=16, page_tokens=PAGE_TOKENS,
+        )  # fmt: skip
+        self._dll = ctypes.CDLL(str(bundle.library_path))
+        self._dll.sl_last_error.restype = ctypes.c_char_p
+        self._call("sl_launch_range", 0, 1)
+        self.model.step(_batch(STEPS["prefill"]))  # from now on it knows where pages lie
+
+    def _call(self, name: str, *args: Any) -> None:
+        handle = ctypes.c_void_p(self.model._handle)
+        if getattr(self._dll, name)(handle, *args) != 0:
+            raise RuntimeError(self._dll.sl_last_error().decode())
+
+    def copy(self, way: str, name: str, array: np.ndarray) -> None:
+        """``sl_peek`` or ``sl_poke`` of what the table calls ``name``."""
+        self._call(way, name.encode(), ctypes.c_void_p(array.ctypes.data),
+                   ctypes.c_int64(array.nbytes))  # fmt: skip
+
+    def memory(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Everything that launches read and write, as the interpreter has it."""
+        for buffer in self.table.buffers:
+            yield f"buffer:{buffer.name}", self.simulator.buffer(buffer.name)
+        for layer, pages in enumerate(self.simulator.kv):
+            yield f"k:{layer}", pages
+
+    def run_one(self, launch: int, step: str) -> dict[str, float]:
+        """Launch one of the table on both, from the same memory; the largest error of each output,
+        as a share of what bf16 allows there. Raises AssertionError beyond it."""
+        runs = STEPS[step]
+        if step == "decode":  # what it attends to
+            self.simulator.step(*_parts(STEPS["prefill"]))
+        self.simulator.only = range(launch)
+        self.simulator.step(*_parts(runs))
+        for name, array in self.memory():
+            self.copy("sl_poke", name, np.ascontiguousarray(array))
+        self.simulator.only = range(launch, launch + 1)
+        self.simulator.step(*_parts(runs))
+        self._call("sl_launch_range", launch, launch + 1)
+        self.model.step(_batch(runs))
+        kinds = buffer_kinds(self.table)
+        errors = {}
+        for name, want in self.memory():
+            short = name.partition(":")[2]
+            if name.startswith("buffer:") and short not in OUTPUTS:
+                continue
+            found = np.empty_like(want)
+            self.copy("sl_peek", name, found)
+            kind = "*bf16" if name.startswith("k:") else kinds[short]
+            errors[name] = error_share(found, want, kind)
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] <= 1, f"{worst} is off by {errors[worst]:.3g} times its bound"
+        return errors
+
+
+def error_share(found: np.ndarray, want: np.ndarray, kind: str) -> float:
+    """Largest |found - want| over its bound: two steps of bf16, and as much of the buffer's largest
+    number; NaN must stay where it is, and whole numbers must be equal."""
+    if kind == "*i32":
+        return 0.0 if np.array_equal(found, want) else np.inf
+    a, b = (
+        from_bf16(np.ravel(x).view(np.uint16)) if kind == "*bf16" else np.ravel(x).view(np.float32)
+        for x in (found, want)
+    )
+    unset = np.isnan(b)
+    if not np.array_equal(unset, np.isnan(a)):
+        return np.inf
+    a, b = a[~unset].astype(np.float64), b[~unset].astype(np.float64)
+    if b.size == 0:
+        return 0.0
+    bound = 2.0**-7 * np.abs(b) + 2.0**-9 * np.abs(b).max() + 1e-30
+    return float((np.abs(a - b) / bound).max())
+
+
+def buffer_kinds(table: Table) -> dict[str, str]:
+    """The element type of each buffer, by what kernels take it as."""
+    names = {choice.slot: table.kernels[choice.kernel].name for choice in table.choices}
+    return {
+        arg.partition(":")[2]: kind
+        for launch in table.launches
+        for arg, kind in zip(launch.args, SIGNATURES[names[launch.slot]].args.values(), strict=True)
+        if arg.startswith("buffer:")
+    }
+
+
+def _parts(runs: Runs) -> list[Part]:
+    return [Part(pages, first, tokens, slot=i) for i, (pages, first, tokens) in enumerate(runs)]
+
+
+def _batch(runs: Runs) -> StepBatch:
+    lengths = [len(tokens) for *_, tokens in runs]
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    ends = [first + n for (_, first, _), n in zip(runs, lengths, strict=True)]
+    return StepBatch(
+        token_ids=np.concatenate([t for *_, t in runs]).astype(np.int32),
+        positions=np.concatenate([f + np.arange(len(t)) for _, f, t in runs]).astype(np.int32),
+        query_start=starts,
+        context_lens=np.array(ends, np.int32),
+        page_table=np.array([pages for pages, *_ in runs], np.int32),
+        sample_rows=starts[1:] - 1,
+        sampling=tuple(RowSampling(position=end) for end in ends),
+    )
+
+
+def llm(target: str, model: str, **options: Any) -> LLM:
+    """The model on the device, or on this CPU."""
+    given = {"max_model_len": 256, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 128,
+             "load_format": "auto" if Path(model).exists() else "dummy", **options}  # fmt: skip
+    return LLM(model, target=target, **given)
+
+
+def check_load(args: argparse.Namespace) -> dict[str, Any]:
+    """The driver takes every code object."""
+    device = Device(bundle_of(args, str(TRAINED)))
+    return {"device": device.model.describe()["device"]}
+
+
+def check_op(args: argparse.Namespace) -> dict[str, Any]:
+    """One launch of one step."""
+    model, step, launch = args.check.split(":")[1:]
+    return Device(bundle_of(args, model)).run_one(int(launch), step)
+
+
+def check_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Greedy tokens against the CPU's, first eagerly (a step is met once), then by graphs."""
+    prompts = ["The old man looked at", "In the", "She said that"]
+    found = {}
+    for target in ("cpu", args.target):
+        with llm(target, str(TRAINED)) as model:
+            rounds = [[list(a.outputs[0].token_ids) for a in model.generate(prompts, GREEDY)]
+                      for _ in range(2)]  # fmt: skip
+            found[target] = rounds
+            facts = model.model.describe()
+    assert facts["graph_launches"] > 0, "no step was replayed"
+    assert found[args.target] == found["cpu"], f"tokens differ: {found}"
+    return {"tokens": sum(map(len, found["cpu"][0])), "graph_launches": facts["graph_launches"]}
+
+
+def check_invariance(args: argparse.Namespace) -> dict[str, Any]:
+    """One request's tokens, alone and among others."""
+    text = "The old man looked at"
+    with llm(args.target, str(TRAINED)) as model:
+        alone = list(model.generate([text], GREEDY)[0].outputs[0].token_ids)
+        differ = []
+        for size in (2, 8, 32, 128):
+            others = [f"{text} {i}" for i in range(size - 1)]
+            answer = model.generate([text, *others], GREEDY)[0]
+            if list(answer.outputs[0].token_ids) != alone:
+                differ.append(size)
+    # Kernels for more rows add in another order, so a near tie may fall the other way.
+    return {"batch sizes whose tokens differ": differ}
+
+
+def check_speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode steps a second."""
+    facts: dict[str, Any] = {}
+    with llm(args.target, args.model, kv_cache_memory_bytes=4 << 30) as model:
+        weights = model.bundle.manifest.weights
+        assert weights is not None
+        for size in (1, 8, 64, 128):
+            params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+            prompts: Any = [{"prompt_token_ids": [i % 100 + 1] * 16} for i in range(size)]
+            model.generate(prompts, params)
+            began = time.perf_counter()
+            model.generate(prompts, params)
+            step = (time.perf_counter() - began) / 64
+            facts[f"batch {size}"] = {
+                "tokens/s": round(size / step, 1),
+                "GB/s of weights": round(weights.nbytes / step / 1e9),
+            }
+    return facts
+
+
+CHECKS = {"load": check_load, "op": check_op, "model": check_model,
+          "invariance": check_invariance, "speed": check_speed}  # fmt: skip
+
+
+def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
+    """Compiled for the target; a named config with one layer and random weights."""
+    if Path(model).exists():
+        return compile_model(CompileOptions(model, target=args.target, max_model_len=64))
+    folder = args.output / f"{model}-1-layer"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**named_configs()[model], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    options = CompileOptions(str(folder), target=args.target, load_format="dummy", max_model_len=64)
+    return compile_model(options)
+
+
+# -- the hour --------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Checks in the order of what they tell, with the seconds each may take."""
+    yield "load", 600
+    for model in (str(TRAINED), args.model):
+        table, _ = read_archive(archive_of(bundle_of(args, model).library_path.read_bytes()))
+        head = len(table.launches) - 2
+        launches = [*range(6), head, head + 1][: args.stop_after_op or None]
+        for step in STEPS:
+            yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
+    yield from (("model", 600), ("invariance", 600), ("speed", 1800))
+
+
+def run(args: argparse.Namespace, check: str, limit: float) -> Result:
+    """One check in a process of its own."""
+    log = args.output / f"{check.replace('/', '_').replace(':', '-')}.log"
+    began = time.monotonic()
+    command = [sys.executable, __file__, "--target", args.target, "--model", args.model,
+               "--output", args.output, "--check", check]  # fmt: skip
+    with log.open("w") as out:
+        try:
+            code = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            out.write(f"\nnot done within {limit:.0f} s")
+    seconds = time.monotonic() - began
+    last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    if code == 0:
+        return Result(check, "passed", seconds, json.loads(last))
+    return Result(check, "failed", seconds, why=last[:300])
+
+
+def report(args: argparse.Namespace, results: list[Result]) -> None:
+    """report.md, results.json and the archive."""
+    facts = {"sinterlm": __version__, "target": args.target, "triton": version("triton"),
+             "python": platform.python_version(), "kernel": platform.release()}  # fmt: skip
+    text = json.dumps({"machine": facts, "results": [asdict(r) for r in results]}, indent=1)
+    (args.output / "results.json").write_text(text)
+    lines = [f"# {args.target} on a device", "", str(facts), "", "| check | state | s | facts |",
+             "|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {r.check} | {r.state} | {r.seconds:.0f} | {r.why or r.facts} |" for r in results]
+    (args.output / "report.md").write_text("\n".join(lines) + "\n")
+    with tarfile.open(f"{args.output}.tar.gz", "w:gz") as archive:
+        for path in sorted(args.output.glob("*.*")):
+            archive.add(path, f"{args.output.name}/{path.name}")
+
+
+def main() -> int:
+    """0 when every check passed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--model", default="qwq-32b", help="named config of the real shapes")
+    parser.add_argument("--budget", type=float, default=60, help="minutes")
+    parser.add_argument("--stop-after-op", type=int, default=0, metavar="N")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--check", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.output = (args.output or Path(f"verify-{args.target}")).resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.check:
+        print(json.dumps(CHECKS[args.check.split(":")[0]](args)))
+        return 0
+    deadline = time.monotonic() + 60 * args.budget
+    results = []
+    for check, limit in plan(args):
+        left = deadline - time.monotonic()
+        done = run(args, check, min(limit, left)) if left > 0 else Result(check, "not run")
+        results.append(done)
+        print(f"{done.state:8} {check} {done.why}", flush=True)
+        report(args, results)
+    print(f"{args.output}.tar.gz")
+    return 0 if all(result.state == "passed" for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
