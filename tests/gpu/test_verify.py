@@ -56,6 +56,7 @@ def test_a_wrong_kernel_is_seen(machine: Machine, verify: ModuleType, launch: in
 
     machine.driver._run = wrong  # type: ignore[method-assign]
     device = verify.Device(machine.bundle())
+    machine.driver.position = launch  # which of the table's it has to expect
     with pytest.raises(AssertionError, match="is off by"):
         device.run_one(launch, "prefill")
     device.model.close()
