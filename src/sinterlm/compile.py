@@ -193,13 +193,13 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     graph = build_graph(checkpoint.config, job.dtype, kv_in_codes=in_codes)
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
-    scheme = scheme_of(job.options)
+    scheme = scheme_of(job.options, job.backend.act_dtype)
     stored = checkpoint.codes_for(job.dtype, are_asked=scheme.bits is not None)
     # What is made up is as even as weights can be, and slow to draw twice.
     error_of = measured(checkpoint.read_exact) if checkpoint.files else None
     order = job.backend.weight_order
     made = plan(graph, job.options.dump_dir, scheme, stored, error_of, order)
-    if scheme.act is not None and not made.graph.formats:
+    if job.options.act_dtype is not None and not made.graph.formats:
         raise UsageError(
             "--act-dtype says what stands beside quantised weights, and there are none; give "
             "--quantization int8 or int4"

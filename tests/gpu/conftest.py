@@ -12,6 +12,7 @@ from sinterlm.artifact.memo import Memo
 from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.library import compile_host, join
 from sinterlm.backends.gpu.objects import archive, compile_objects
+from sinterlm.passes.formats import Scheme
 from tests.gpu.host import Machine, for_few_rows
 from tests.gpu.models import tiny
 from tests.gpu.recording import RecordingDriver, build_driver
@@ -35,18 +36,20 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {}
 
 
-@pytest.fixture(params=["gfx942", pytest.param("sm_90", marks=pytest.mark.slow)])
+@pytest.fixture(params=["gfx942", *(pytest.param(p, marks=pytest.mark.slow)
+                                    for p in ("sm_90", "sm_90:int4"))])  # fmt: skip
 def machine(
     triton: None, request: pytest.FixtureRequest, tmp_path: Path, memo: Memo,
     hosts: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Machine]:  # fmt: skip
-    device = DEVICES[request.param]
+    name, _, stored = request.param.partition(":")
+    device = DEVICES[name]
     mutation = getattr(request.node.get_closest_marker("mutation"), "args", ("",))[0]
     if mutation not in hosts:
         out = tmp_path / "host.so"
         compile_host(out, defines={f"SL_MUTATE_{mutation}": "1"} if mutation else None)
         hosts[mutation] = out.read_bytes()
-    model = tiny("llama-tied", device.name)
+    model = tiny("llama-tied", name, Scheme(4, act="graph") if stored else None)
     table = for_few_rows(model.table)
     objects = compile_objects(table.kernels, device, memo)
     library, weights = tmp_path / "model.so", tmp_path / "weights.bin"

@@ -13,8 +13,11 @@ from sinterlm.backends.gpu.table import Table
 from sinterlm.ir.bf16 import to_bf16
 from sinterlm.ir.graph import DecoderConfig, Graph
 from sinterlm.ir.plan import Plan
+from sinterlm.ir.quant import CodedMatrix
+from sinterlm.passes.formats import Scheme
 from sinterlm.passes.packing import packed_chunks
 from sinterlm.passes.pipeline import plan
+from sinterlm.passes.quantise import quantise
 from tests.ir.graphs import config, plain_graph, random_weights
 
 #: Between them: tied and not, every bias, q/k norm, windows, GQA 1, 3, 5, padding of MLP and head.
@@ -36,7 +39,7 @@ CONFIGS: dict[str, DecoderConfig] = {
 @dataclass
 class TinyGpu:
     graph: Graph
-    weights: dict[str, np.ndarray]  #: as floats
+    weights: dict[str, np.ndarray | CodedMatrix]  #: as floats, or the codes that are packed
     plan: Plan
     table: Table
     packed: np.ndarray  #: bytes of the weights file
@@ -45,10 +48,11 @@ class TinyGpu:
         return Simulator(self.table, self.packed, self.graph.config.rope, **sizes)
 
 
-def tiny(name: str, device: str) -> TinyGpu:
+def tiny(name: str, device: str, scheme: Scheme | None = None) -> TinyGpu:
+    """A model; ``scheme`` with act "graph", as a GPU has it."""
     graph = plain_graph(CONFIGS[name], "bf16")
     weights = random_weights(graph, seed=len(name))
-    made = plan(graph, order="tiles")
+    made = plan(graph, scheme=scheme, order="tiles")
     packed = np.zeros(made.layout.nbytes, np.uint8)
 
     def read(tensor: str, dtype: str) -> np.ndarray:
@@ -56,4 +60,7 @@ def tiny(name: str, device: str) -> TinyGpu:
 
     for offset, chunk in packed_chunks(made.layout, read):
         packed[offset : offset + chunk.nbytes] = np.frombuffer(chunk, np.uint8)
-    return TinyGpu(graph, weights, made, launch_table(made, DEVICES[device]), packed)
+    stored: dict[str, np.ndarray | CodedMatrix] = dict(weights)
+    for weight, form in made.graph.formats.items():
+        stored[weight] = quantise(weights[weight], form.bits, form.group, form.symmetric)
+    return TinyGpu(graph, stored, made, launch_table(made, DEVICES[device]), packed)

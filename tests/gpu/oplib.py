@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from sinterlm.backends.gpu.interpreter import Order, run_kernel
+from sinterlm.backends.gpu.operands import WIDE, operand
 from sinterlm.ir.bf16 import from_bf16, to_bf16
+from sinterlm.ir.plan import PackedTensor
+from sinterlm.ir.quant import GemmFormat, PanelShape
+from sinterlm.passes.packing_codes import PanelWriter
+from sinterlm.passes.quantise import quantise
 
 NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
@@ -23,6 +28,44 @@ def tiles(w: np.ndarray) -> np.ndarray:
     full[:n] = w
     cut = to_bf16(full).reshape(-1, 64, k // 64, 64)
     return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
+
+
+def matrix(
+    w: np.ndarray, form: GemmFormat | None, name: str = "w"
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arguments and constants of a kernel that reads w[N, K], in bf16 or in codes."""
+    if form is None:
+        none = np.zeros(0, np.float32)
+        return {name: tiles(w), "w_scale": none, "w_offset": none}, WIDE
+    n, k = w.shape
+    padded = -(-n // 64) * 64
+    size = padded // 64 * PanelShape(form, k).nbytes
+    tensor = PackedTensor("t", "tiles", "int4", padded, k, k, (), 0, size, form)
+    writer = PanelWriter(tensor, padded)
+    writer.put(0, quantise(w, form.bits, form.group, form.symmetric))
+    packed = writer.bytes().reshape(-1)
+    assert packed.nbytes == size
+    read = operand(tensor)
+    starts = [0 if arg == "null" else int(arg.split(":")[1]) for arg in read.args]
+    kinds = (np.uint8, np.float16 if form.group else np.float32, np.float32)
+    found = [packed[at:].view(kind) for at, kind in zip(starts, kinds, strict=True)]
+    if form.symmetric:
+        found[2] = np.zeros(0, np.float32)
+    return dict(zip((name, "w_scale", "w_offset"), found, strict=True)), read.constants
+
+
+def meaning(w: np.ndarray, form: GemmFormat | None) -> tuple[np.ndarray, np.ndarray]:
+    """What a kernel multiplies for w[N, K], in float64, and the size of what it adds up."""
+    if form is None:
+        return w.astype("f8"), np.abs(w).astype("f8")
+    coded = quantise(w, form.bits, form.group, form.symmetric)
+    group = np.arange(w.shape[1]) // (form.group or w.shape[1])
+    scale, codes = coded.scales.astype("f8")[:, group], coded.codes.astype("f8")
+    if coded.offsets is None:
+        value = scale * (codes - (1 << (form.bits - 1)))
+        return value, np.abs(value)
+    offset = coded.offsets.astype("f8")[:, group]
+    return scale * codes + offset, np.abs(scale) * codes + np.abs(offset)
 
 
 def nan16(*shape: int) -> np.ndarray:
@@ -62,7 +105,7 @@ class Tile:
 
 def residual(
     a: np.ndarray, w: np.ndarray, bias: np.ndarray | None, norm: np.ndarray, x: np.ndarray,
-    tile: Tile, order: Order = "forward",
+    tile: Tile, order: Order = "forward", form: GemmFormat | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """a[T, K], w[N, K], x[T, N] -> x'[T, N], xw[T, N], ssq[T, N/16]. One more row of each output
     is poisoned and must stay so."""
@@ -70,12 +113,14 @@ def residual(
     out = np.concatenate([x, nan32(1, n)]).astype(np.float32)
     xw, ssq = nan16(rows + 1, n), nan32(rows + 1, n // 16)
     scratch = tile.scratch(rows, n // tile.BN)
+    stored, constants = matrix(w, form)
     run_kernel(
         "residual_matmul", tile.grid(rows, n // tile.BN),
-        {"a": np.concatenate([to_bf16(a), nan16(1, k)]), "w": tiles(w),
+        {"a": np.concatenate([to_bf16(a), nan16(1, k)]), **stored,
          "bias": nan32(n) if bias is None else bias, "norm": norm, "x": out, "xw": xw, "ssq": ssq,
          "num_tokens": rows, **scratch},
-        {"N": n, "K": k, "A_PITCH": k, "HAS_BIAS": bias is not None, **tile.constants()}, order,
+        {"N": n, "K": k, "A_PITCH": k, "HAS_BIAS": bias is not None, **constants,
+         **tile.constants()}, order,
     )  # fmt: skip
     assert not scratch["counters"].any()
     assert np.isnan(out[rows]).all() and np.isnan(ssq[rows]).all() and (xw[rows] == NAN16).all()
@@ -85,6 +130,7 @@ def residual(
 def gate_up(
     xw: np.ndarray, ssq: np.ndarray, gate: np.ndarray, up: np.ndarray,
     biases: tuple[np.ndarray, np.ndarray] | None, tile: Tile, order: Order = "forward",
+    form: GemmFormat | None = None,
 ) -> np.ndarray:  # fmt: skip
     """xw[T, H], gate and up [F, H] -> h[T, F]; the padding of h is checked to be zeros."""
     (rows, hidden), ffn = xw.shape, len(gate)
@@ -98,12 +144,13 @@ def gate_up(
 
     h = nan16(rows + 1, padded)
     scratch = tile.scratch(rows, padded // tile.BN, 2)
+    stored, constants = matrix(interleave(gate, up), form)
     run_kernel(
         "norm_gate_up_act", tile.grid(rows, padded // tile.BN),
-        {"xw": to_bf16(xw), "ssq": ssq, "w": tiles(interleave(gate, up)), "h": h,
+        {"xw": to_bf16(xw), "ssq": ssq, **stored, "h": h,
          "bias": nan32(2 * padded) if biases is None else interleave(*biases),
          "num_tokens": rows, **scratch},
-        {"F": padded, "H": hidden, "EPS": EPS, "HAS_BIAS": biases is not None,
+        {"F": padded, "H": hidden, "EPS": EPS, "HAS_BIAS": biases is not None, **constants,
          **tile.constants()}, order,
     )  # fmt: skip
     assert (h[rows] == NAN16).all() and not h[:rows, ffn:].any()
@@ -166,22 +213,24 @@ class Paged:
 def qkv(
     step: Paged, xw: np.ndarray, ssq: np.ndarray, w: np.ndarray, bias: np.ndarray | None,
     norms: tuple[np.ndarray, np.ndarray] | None, tables: tuple[np.ndarray, np.ndarray],
-    group: int, tile: Tile, order: Order = "forward",
+    group: int, tile: Tile, order: Order = "forward", form: GemmFormat | None = None,
 ) -> np.ndarray:  # fmt: skip
     """xw[T, H], w[heads · D, H] in packed order -> q[T, Hq · D]; k, v go to the step's pages."""
     (rows, hidden), dim = xw.shape, step.dim
     tiles_n = step.heads * (group + 2) * (dim // 2 // tile.BN)
     q, scratch = nan16(rows + 1, step.heads * group * dim), tile.scratch(rows, tiles_n, 2)
     q_norm, k_norm = norms or (nan32(dim), nan32(dim))
+    stored, constants = matrix(w, form)
     run_kernel(
         "norm_qkv_rope_kv", tile.grid(rows, tiles_n),
-        {"xw": to_bf16(xw), "ssq": ssq, "w": tiles(w),
+        {"xw": to_bf16(xw), "ssq": ssq, **stored,
          "bias": nan32(len(w)) if bias is None else bias, "q_norm": q_norm, "k_norm": k_norm,
          "cos": tables[0], "sin": tables[1], "positions": step.positions, "kv_slots": step.slots,
          "q": q, "k_base": step.k, "v_base": step.v, "num_tokens": rows, **step.strides(),
          **scratch},
         {"H": hidden, "HKV": step.heads, "GROUP": group, "D": dim, "EPS": EPS, "QK_EPS": QK_EPS,
-         "HAS_BIAS": bias is not None, "QK_NORM": norms is not None, **tile.constants()}, order,
+         "HAS_BIAS": bias is not None, "QK_NORM": norms is not None, **constants,
+         **tile.constants()}, order,
     )  # fmt: skip
     assert (q[rows] == NAN16).all()
     return from_bf16(q[:rows])
@@ -213,6 +262,7 @@ def attention(
 def draw(
     xw: np.ndarray, ssq: np.ndarray, rows: list[int], w: np.ndarray, temperature: list[float],
     seeds: list[int], draws: list[int], tile: Tile, slots: list[int] | None = None,
+    form: GemmFormat | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """xw[T, H], w[V, H] -> (logits[R, V], ids[R], logprobs[R], drawn[slots])."""
     count, (vocab, hidden) = len(rows), w.shape
@@ -225,12 +275,13 @@ def draw(
         "best_ids": np.full((count, blocks), -1, np.int32),
     }
     ids, logprobs = np.full(count, -1, np.int32), nan32(count)
+    stored, constants = matrix(w, form)
     run_kernel(
         "lm_head", (-(-count // tile.BM) * blocks,),
-        {"xw": to_bf16(xw), "ssq": ssq, "rows": np.array(rows, np.int32), "w": tiles(w),
+        {"xw": to_bf16(xw), "ssq": ssq, "rows": np.array(rows, np.int32), **stored,
          "temperature": np.array(temperature, np.float32), "seeds": np.array(seeds, np.uint64),
          "draws": np.array(draws, np.int32), "logits": logits, "num_rows": count, **best},
-        {"H": hidden, "V": vocab, "VP": padded, "EPS": EPS, "KEEP_LOGITS": True,
+        {"H": hidden, "V": vocab, "VP": padded, "EPS": EPS, "KEEP_LOGITS": True, **constants,
          **tile.constants(split=False)},
     )  # fmt: skip
     width = 1 << (blocks - 1).bit_length()
@@ -245,16 +296,19 @@ def draw(
 
 def embed(
     tokens: list[int], table: np.ndarray, norm: np.ndarray, in_tiles: bool, slots: list[int],
-    drawn: list[int], width: int,
+    drawn: list[int], width: int, form: GemmFormat | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """table[V, H] -> x[T, H], xw[T, H], ssq[T, H/16]."""
     rows, hidden = len(tokens), table.shape[1]
     x, xw, ssq = nan32(rows, hidden), nan16(rows, hidden), nan32(rows, hidden // 16)
+    stored, constants = matrix(table, form, "table")
+    if not in_tiles:
+        stored["table"] = to_bf16(table)
     run_kernel(
         "embed_norm", (rows, hidden // width),
         {"tokens": np.array(tokens, np.int32), "slots": np.array(slots, np.int32),
-         "drawn": np.array(drawn, np.int32), "table": tiles(table) if in_tiles else to_bf16(table),
+         "drawn": np.array(drawn, np.int32), **stored,
          "norm": norm, "x": x, "xw": xw, "ssq": ssq},
-        {"H": hidden, "IN_TILES": in_tiles, "BN": width},
+        {"H": hidden, "IN_TILES": in_tiles, "BN": width, **constants},
     )  # fmt: skip
     return x, from_bf16(xw), ssq

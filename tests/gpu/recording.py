@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from sinterlm.backends.gpu.devices import Device
-from sinterlm.backends.gpu.interpreter import run_kernel
+from sinterlm.backends.gpu.interpreter import ELEMENTS, run_kernel
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Kernel, Table
 from tests.conftest import ROOT
@@ -30,7 +30,6 @@ from tests.gpu.code_objects import CodeObject, image_bytes, read_code_object
 CALL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_int
 )
-ELEMENTS = {"*bf16": np.uint16, "*fp32": np.float32, "*i32": np.int32, "*u64": np.uint64}
 SIZES = {"i32": 4, "i64": 8}
 OUT_OF_MEMORY, NO_BINARY, NOT_ALLOWED_IN_CAPTURE, ILLEGAL_ADDRESS = 2, 209, 900, 700
 MAX_THREADS = 1024
@@ -363,8 +362,8 @@ class RecordingDriver:
             return
         kernel = launched.kernel
         args: dict[str, Any] = {}
-        for (name, kind), value in zip(SIGNATURES[kernel.name].args.items(), launched.args,
-                                       strict=False):  # fmt: skip
+        types = SIGNATURES[kernel.name].types(kernel.constants)
+        for (name, kind), value in zip(types.items(), launched.args, strict=False):
             if kind in SIZES:
                 args[name] = value
             elif value == 0:

@@ -20,13 +20,16 @@ from sinterlm.backends.gpu.table import Kernel, Table
 from sinterlm.backends.gpu.worker import _amd_counts_after_stores
 from sinterlm.cli import main
 from sinterlm.errors import BundleError, CompileError
+from sinterlm.passes.formats import Scheme
 from sinterlm.runtime.model import Model
 from tests.gpu.models import tiny
 
+INT4 = Scheme(4, act="graph")
 
-def kernels_of(device: str) -> list[Kernel]:
+
+def kernels_of(device: str, scheme: Scheme | None = None) -> list[Kernel]:
     """Of each kernel of a tiny model's table the one for few rows, and attention of prompts."""
-    table = tiny("qwen2-window", device).table
+    table = tiny("qwen2-window", device, scheme).table
     first: dict[object, Kernel] = {}
     for kernel in table.kernels:
         first.setdefault((kernel.name, kernel.constants.get("DECODE")), kernel)
@@ -36,10 +39,12 @@ def kernels_of(device: str) -> list[Kernel]:
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("device", ["gfx942", "sm_90"])
 def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
-    """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; two of the
+    """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; three of the
     kernels here, and all in the slow test below."""
     memo = Memo(test_environment / "memo")
     kernels = [k for k in kernels_of(device) if k.name in ("attention", "residual_matmul")][1:]
+    kernels += [k for k in kernels_of(device, INT4) if k.name == "residual_matmul"]
+    assert kernels[-1].constants["BITS"] == 4
     made = compile_objects(kernels, DEVICES[device], memo)
     assert [o.kernel for o in made] == kernels
     magic = b"\x7fELF"
@@ -54,16 +59,24 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_kernel_of_every_device(device: str) -> None:
+@pytest.mark.parametrize(
+    "scheme",
+    [None, INT4, Scheme(4, 128, "graph"), Scheme(8, 0, "graph")],
+    ids=["bf16", "int4", "int4-128", "int8-0"],
+)
+def test_every_kernel_of_every_device(scheme: Scheme | None, device: str) -> None:
     """Compiled twice without a cache: the same bytes."""
-    kernels = kernels_of(device)
+    kernels = kernels_of(device, scheme)
+    if scheme is not None:
+        kernels = [k for k in kernels if k.constants.get("BITS", 16) != 16]
     first, second = (compile_objects(kernels, DEVICES[device], Memo(None)) for _ in range(2))
     assert [o.code for o in first] == [o.code for o in second]
 
 
 GOOD = {
     "spills": 0, "private_bytes": 0, "scratch_bytes": [0, 0], "shared_bytes": 1024,
-    "registers": 64, "wide_loads": 3, "is_ordered": True, "matrix": ["v_mfma_f32_16x16x16_bf16"],
+    "registers": 64, "wide_loads": 3, "byte_loads": 0, "is_ordered": True,
+    "matrix": ["v_mfma_f32_16x16x16_bf16"],
 }  # fmt: skip
 
 
@@ -76,12 +89,13 @@ GOOD = {
         ({"shared_bytes": 70000}, "70000 bytes of shared memory, of 65536"),
         ({"registers": 600}, "600 registers, of 512"),
         ({"wide_loads": 0}, "no load of 16 bytes"),
+        ({"byte_loads": 2}, "2 loads of single bytes"),
         ({"is_ordered": False}, "not waited for"),
         ({"matrix": ["v_dot2_f32_f16"]}, "no v_mfma"),
     ],
 )
 def test_each_gate_closes(wrong: dict, named: str) -> None:
-    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels if "BM" in k.constants)
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels if k.name == "lm_head")
     made = objects.Object(kernel, b"", {**GOOD, **wrong})
     found = faults(made, DEVICES["gfx942"])
     assert len(found) == 1 and named in found[0]
@@ -135,7 +149,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
     [
         (["--target", "gfx90"], "supported: cpu, gfx942"),
         (["--target", "gfx942", "--dtype", "fp32"], "--dtype fp32 is not supported"),
-        (["--target", "sm_90", "--quantization", "int8"], "--quantization is not supported"),
+        (["--target", "sm_90", "--act-dtype", "int8"], "--act-dtype int8 is not supported"),
         (["--target", "sm_90", "--kv-cache-dtype", "int8"], "--kv-cache-dtype int8 is not"),
         (["--target", "gfx942", "--isa", "avx2"], "--isa avx2 is of a CPU"),
     ],
@@ -156,20 +170,30 @@ TINY = {
 
 
 @pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    ("flags", "quantization"),
+    [
+        (["--quantization", "int4"], "int4 w4g32"),
+        pytest.param([], None, marks=pytest.mark.slow),
+    ],
+    ids=["int4", "bf16"],
+)
 def test_compile_inspect_and_refuse_to_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    flags: list[str], quantization: str | None, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The whole way on the command line: weights packed, table shown, and no run."""
     folder, out = tmp_path / "tiny", tmp_path / "bundle"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY))
-    given = ["--target", "gfx942", "--load-format", "dummy"]
+    given = ["--target", "gfx942", "--load-format", "dummy", *flags]
     assert main(["compile", str(folder), *given, "-o", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["target"], facts["isa"]) == ("gfx942", "gfx942")
     assert facts["weights_bytes"] > 0
 
     bundle = open_bundle(out, any_isa=True)
+    assert bundle.manifest.quantization == quantization
     table, made = read_archive(archive_of(bundle.library_path.read_bytes()))
     assert isinstance(table, Table) and len(table.launches) == 13
     assert all(not faults(one, DEVICES["gfx942"]) for one in made)

@@ -5,11 +5,15 @@ any size, every group of query heads; what must not be read holds NaN.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from sinterlm.backends.gpu.operands import deepest_block
+from sinterlm.backends.gpu.tuning import divisor
 from sinterlm.ir.bf16 import error_bound, round_bf16
+from sinterlm.ir.quant import GemmFormat
 from sinterlm.ir.reference_attention import attend, visible
 from sinterlm.ir.reference_ops import silu
 from sinterlm.ir.reference_sampling import RowSampling, sample
@@ -58,6 +62,54 @@ def test_residual(rows: int, k: int, n: int, tile: Tile, has_bias: bool) -> None
     assert np.allclose(ssq, (out.astype("f8") ** 2).reshape(rows, -1, 16).sum(-1), rtol=1e-6)
 
 
+#: Every way to store a matrix in codes: bits, group, symmetric.
+FORMS = {
+    form.name: form
+    for form in (
+        GemmFormat(4, 32, True, "graph", 0),
+        GemmFormat(4, 32, False, "graph", 0),
+        GemmFormat(4, 64, True, "graph", 0),
+        GemmFormat(4, 128, False, "graph", 0),
+        GemmFormat(4, 0, False, "graph", 0),
+        GemmFormat(8, 0, True, "graph", 0),
+        GemmFormat(8, 32, False, "graph", 0),
+        GemmFormat(8, 128, True, "graph", 0),
+    )
+}
+
+
+def blocks(form: GemmFormat, depth: int) -> int:
+    """The longest step along k that a kernel takes."""
+    return divisor(min(128, deepest_block(form.group)), depth)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "tile"),
+    [(3, 320, 64, Tile(BN=16, SPLIT=4)), (37, 256, 128, Tile(BM=32, BN=64, NUM_XCD=3))],
+)
+def test_residual_of_codes(form: GemmFormat, rows: int, k: int, n: int, tile: Tile) -> None:
+    """Codes are multiplied as they are: no error but that of sums in fp32. k = 320 ends within a
+    group of 128."""
+    a, w = data(rows, k, n)
+    norm, x = np.ones(n, "f4"), np.random.default_rng(1).normal(size=(rows, n)).astype("f4")
+    tile = replace(tile, BK=blocks(form, k))
+    out = oplib.residual(a, w, None, norm, x, tile, form=form)[0]
+    value, size = oplib.meaning(w, form)
+    truth = x + exact(a, value)
+    # Beside the sums over k: a product with the scale, and sums over groups and splits.
+    bound = 1.5 * error_bound(a, size) + 4e-7 * (np.abs(truth) + np.abs(x))
+    assert np.all(np.abs(out - truth) <= bound)
+
+
+def test_codes_of_a_damaged_group_reach_their_column() -> None:
+    a, w = data(2, 128, 64)
+    w[5, 40] = np.nan
+    norm, x = np.ones(64, "f4"), np.zeros((2, 64), "f4")
+    out = oplib.residual(a, w, None, norm, x, Tile(), form=FORMS["w4g32"])[0]
+    assert np.isnan(out[:, 5]).all() and np.isfinite(np.delete(out, 5, 1)).all()
+
+
 def test_the_order_of_programs_never_shows() -> None:
     """Splits are added in their order, whoever arrives last; counters end at zero each time."""
     a, w = data(5, 512, 64)
@@ -92,23 +144,30 @@ def test_nan_and_infinity_reach_exactly_their_outputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "ffn", "tile"),
+    ("rows", "hidden", "ffn", "tile", "form", "has_bias"),
     [
-        (1, 64, 64, Tile(BN=16)),
-        (5, 192, 100, Tile(BN=64, SPLIT=3)),
-        (33, 128, 136, Tile(BM=32, BN=32, GROUP_M=2, NUM_XCD=8)),
+        (1, 64, 64, Tile(BN=16), None, True),
+        (5, 192, 100, Tile(BN=64, SPLIT=3), None, True),
+        (5, 192, 100, Tile(BN=64, SPLIT=3), None, False),
+        (33, 128, 136, Tile(BM=32, BN=32, GROUP_M=2, NUM_XCD=8), None, False),
+        (5, 192, 100, Tile(BN=64, SPLIT=3), FORMS["w4g32"], True),
+        (5, 192, 100, Tile(BN=32), FORMS["w4g128z"], False),
+        (17, 128, 70, Tile(BN=64, BK=128), FORMS["w8"], False),
+        (3, 64, 64, Tile(BN=16), FORMS["w8g32z"], False),
+        (3, 128, 64, Tile(BN=16), FORMS["w4z"], True),
     ],
 )
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_gate_up(rows: int, hidden: int, ffn: int, tile: Tile, has_bias: bool) -> None:
+def test_gate_up(
+    rows: int, hidden: int, ffn: int, tile: Tile, form: GemmFormat | None, has_bias: bool
+) -> None:
     xw, gate = data(rows, hidden, ffn)
     up = data(rows, hidden, ffn, seed=2)[1]
     rng = np.random.default_rng(3)
     biases = tuple(rng.normal(size=ffn).astype("f4") for _ in range(2)) if has_bias else None
     ssq = rng.uniform(1, 20, size=(rows, hidden // 16)).astype("f4")
-    h = oplib.gate_up(xw, ssq, gate, up, biases, tile)
+    h = oplib.gate_up(xw, ssq, gate, up, biases, tile, form=form)
     scale = scales(ssq, hidden)
-    g, u = exact(xw, gate) * scale, exact(xw, up) * scale
+    g, u = (exact(xw, oplib.meaning(w, form)[0]) * scale for w in (gate, up))
     if biases is not None:
         g, u = g + biases[0], u + biases[1]
     truth = silu(g) * u
@@ -116,16 +175,21 @@ def test_gate_up(rows: int, hidden: int, ffn: int, tile: Tile, has_bias: bool) -
 
 
 @pytest.mark.parametrize(
-    ("group", "kv_heads", "dim", "has_norm", "page", "tile"),
+    ("group", "kv_heads", "dim", "has_norm", "page", "tile", "form"),
     [
-        (1, 3, 32, False, 16, Tile(BN=16)),
-        (4, 1, 64, True, 32, Tile(BN=32, SPLIT=2)),
-        (5, 2, 32, True, 16, Tile(BN=16, BM=32)),
-        (7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2)),
-        (8, 1, 128, False, 64, Tile(BN=64)),
+        (1, 3, 32, False, 16, Tile(BN=16), None),
+        (4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), None),
+        (5, 2, 32, True, 16, Tile(BN=16, BM=32), None),
+        (7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2), None),
+        (8, 1, 128, False, 64, Tile(BN=64), None),
+        (4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), FORMS["w4g32"]),
+        (1, 3, 32, False, 16, Tile(BN=16, BK=128), FORMS["w4g128z"]),
     ],
 )
-def test_qkv(group: int, kv_heads: int, dim: int, has_norm: bool, page: int, tile: Tile) -> None:
+def test_qkv(
+    group: int, kv_heads: int, dim: int, has_norm: bool, page: int, tile: Tile,
+    form: GemmFormat | None,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(0)
     step = Paged([5, 1, 20], [5, 33, 40], kv_heads, dim, page)
     rows, hidden, total = 26, 256, kv_heads * (group + 2)
@@ -135,9 +199,11 @@ def test_qkv(group: int, kv_heads: int, dim: int, has_norm: bool, page: int, til
     norms = tuple(rng.normal(size=(2, dim)).astype("f4")) if has_norm else None
     angle = np.outer(np.arange(64), 1e4 ** (-np.arange(0, dim, 2) / dim))
     cos, sin = np.cos(angle).astype("f4"), np.sin(angle).astype("f4")
-    q = oplib.qkv(step, xw, ssq, w, bias, norms, (cos, sin), group, tile)
+    q = oplib.qkv(step, xw, ssq, w, bias, norms, (cos, sin), group, tile, form=form)
 
-    every = exact(xw, w) * scales(ssq, hidden) + (0 if bias is None else bias)
+    every = exact(xw, oplib.meaning(w, form)[0]) * scales(ssq, hidden) + (
+        0 if bias is None else bias
+    )
     every = every.reshape(rows, kv_heads, group + 2, dim)
     parts = {"q": every[:, :, :-2], "k": every[:, :, -2:-1]}
     c, s = (table[step.positions][:, None].astype("f8") for table in (cos, sin))
@@ -237,8 +303,16 @@ def check_attention(y: np.ndarray, want: tuple[np.ndarray, np.ndarray]) -> None:
     assert np.all(np.abs(y - truth) <= 2.0**-8 * (size + np.abs(truth)) + 2e-6)
 
 
-@pytest.mark.parametrize("tile", [Tile(BN=64), Tile(BM=16, BN=32, GROUP_M=2, NUM_XCD=8)])
-def test_head_and_draw(tile: Tile) -> None:
+@pytest.mark.parametrize(
+    ("tile", "form"),
+    [
+        (Tile(BN=64), None),
+        (Tile(BM=16, BN=32, GROUP_M=2, NUM_XCD=8), None),
+        (Tile(BN=64, BK=128), FORMS["w8"]),
+        (Tile(BN=32), FORMS["w4g32"]),
+    ],
+)
+def test_head_and_draw(tile: Tile, form: GemmFormat | None) -> None:
     """Greedy rows and warm ones; the id, its logprob, ties to the lower id, the slot."""
     xw, w = data(21, 128, 131)
     rows = [0, 20, 3, *range(4, 19)]
@@ -249,9 +323,11 @@ def test_head_and_draw(tile: Tile) -> None:
     seeds = [2**64 - 1 - i for i in range(18)]
     draws = list(range(100, 118))
     slots = [3, -1, 0, *[-1] * 15]
-    logits, ids, logprobs, drawn = oplib.draw(xw, ssq, rows, w, heat, seeds, draws, tile, slots)
-    truth = (exact(xw, w) * scales(ssq, 128))[rows]
-    bound = (error_bound(xw, w) * scales(ssq, 128))[rows]
+    logits, ids, logprobs, drawn = oplib.draw(xw, ssq, rows, w, heat, seeds, draws, tile, slots,
+                                              form)  # fmt: skip
+    value, size = oplib.meaning(w, form)
+    truth = (exact(xw, value) * scales(ssq, 128))[rows]
+    bound = (error_bound(xw, size) * scales(ssq, 128))[rows]
     assert np.all(np.abs(logits - truth) <= bound + 2e-6 * (np.abs(truth) + 1))
     assert ids[2] == 12
     for i in range(len(rows)):
@@ -271,6 +347,18 @@ def test_embed(in_tiles: bool, width: int) -> None:
     assert np.array_equal(x, table[[0, 130, 65, 64, 63]])
     assert np.array_equal(xw, round_bf16(x * norm))
     assert np.allclose(ssq, (x**2).reshape(5, -1, 16).sum(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_embed_of_codes(form: GemmFormat) -> None:
+    rng = np.random.default_rng(6)
+    table = rng.normal(size=(131, 192)).astype("f4")
+    ids, drawn = [0, 130, -1, 64, 63], [7, 65]
+    norm = np.ones(192, "f4")
+    x = oplib.embed(ids, table, norm, True, [0, 0, 1, 0, 0], drawn, 64, form)[0]
+    value, size = oplib.meaning(table, form)
+    rows = [0, 130, 65, 64, 63]
+    assert np.all(np.abs(x - value[rows]) <= 2.0**-23 * size[rows])
 
 
 def test_leaving_a_buffer_is_seen() -> None:

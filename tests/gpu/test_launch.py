@@ -12,17 +12,25 @@ from sinterlm.backends.gpu.table import Axis, Table
 from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.errors import UnsupportedModelError
 from sinterlm.ir.bf16 import to_bf16
+from sinterlm.ir.plan import PackedTensor, Segment
+from sinterlm.ir.quant import GemmFormat, PanelShape
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
+from sinterlm.passes.formats import Scheme
 from sinterlm.passes.packing import pack, unpack
+from sinterlm.passes.packing_codes import unpack_codes
 from sinterlm.passes.pipeline import plan
+from sinterlm.passes.quantise import quantise
 from tests.gpu.models import CONFIGS, tiny
 from tests.ir.graphs import config, plain_graph
 
+INT4 = Scheme(4, act="graph")
+
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", [None, INT4], ids=["bf16", "int4"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_five_launches_per_layer_and_three(name: str, device: str) -> None:
-    table = tiny(name, device).table
+def test_five_launches_per_layer_and_three(name: str, scheme: Scheme, device: str) -> None:
+    table = tiny(name, device, scheme).table
     assert len(table.launches) == 5 * CONFIGS[name].num_layers + 3
     assert Table.from_text(table.to_text()) == table
 
@@ -52,6 +60,61 @@ def test_shapes_without_kernels_are_refused_by_name(wrong: dict, named: str) -> 
         launch_table(made, DEVICES["gfx942"])
 
 
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        (GemmFormat(4, 32, True, "int8", 64), "0.down.weight has int8 activations"),
+        (GemmFormat(4, 16, True, "graph", 64), "0.down.weight has weights in groups of 16"),
+    ],
+)
+def test_formats_without_kernels_are_refused_by_name(form: GemmFormat, named: str) -> None:
+    stored = {"0.down.weight": form}
+    made = plan(plain_graph(CONFIGS["qwen3"], "bf16"), stored=stored, order="tiles")
+    with pytest.raises(UnsupportedModelError, match=named):
+        launch_table(made, DEVICES["gfx942"])
+
+
+def test_layers_may_be_stored_in_different_ways() -> None:
+    """One layer in codes that the checkpoint brought, the other wide: a slot for each."""
+    stored = {"1.down.weight": GemmFormat(4, 128, False, "graph", 64)}
+    made = plan(plain_graph(CONFIGS["qwen3"], "bf16"), stored=stored, order="tiles")
+    table = launch_table(made, DEVICES["gfx942"])
+    slots = [launch.slot for launch in table.launches if launch.slot.startswith("down")]
+    assert slots == ["down_residual", "down_residual.w4g128z"]
+    sizes = {"T": 1, "R": 1, "S": 1}
+    bits = [table.kernel_of(slot, sizes, True).constants["BITS"] for slot in slots]
+    assert bits == [16, 4]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_code_is_where_the_layout_says(bits: int, group: int, symmetric: bool) -> None:
+    """By plain arithmetic: a code's byte and nibble, and the place of a group's scale."""
+    form, n, k = GemmFormat(bits, group, symmetric, "graph", 0), 128, 192
+    shape = PanelShape(form, k)
+    tensor = PackedTensor(
+        "t", "tiles", "int4", n, k, 150, (Segment("w", 0, 100, 0),), 0, 2 * shape.nbytes, form
+    )
+    w = np.random.default_rng(0).normal(size=(100, 150)).astype("f4")
+    packed = pack(tensor, lambda name, dtype: w)
+    want = quantise(w, bits, group, symmetric)
+    assert packed.nbytes == tensor.nbytes
+    for column, at in [(0, 0), (99, 149), (64, 31), (65, 32), (33, 100)]:
+        tile = packed.reshape(2, -1)[column // 64][at // 64 * 512 * bits :]
+        row = tile[column % 64 * 8 * bits :]
+        code = row[at % 64] if bits == 8 else row[at % 32] >> (at % 64 // 32 * 4) & 15
+        assert code == want.codes[column, at]
+        tail = packed.reshape(2, -1)[column // 64][64 * k * bits // 8 :]
+        scales = tail.view("f2" if group else "f4")
+        of_k = at // group if group else 0
+        assert scales[of_k * 64 + column % 64] == want.scales[column, of_k]
+    back = unpack_codes(tensor, packed)
+    assert np.array_equal(back.codes[:100, :150], want.codes)
+    assert np.array_equal(back.dequantise()[:100, :150], want.dequantise())
+    assert not back.dequantise()[100:].any()
+
+
 def test_tiles_unpack_to_what_was_packed() -> None:
     model = tiny("qwen3", "gfx942")
 
@@ -75,18 +138,24 @@ def test_an_axis_counts_units_begun() -> None:
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
-    ("name", "device", "steps"),
+    ("name", "device", "scheme", "steps"),
     [
-        ("llama-tied", "gfx942", 1),
-        pytest.param("llama-tied", "sm_90", 32, marks=pytest.mark.slow),
-        pytest.param("qwen3", "sm_90", 4, marks=pytest.mark.slow),
-        pytest.param("qwen2-window", "gfx942", 12, marks=pytest.mark.slow),
+        ("qwen3", "gfx942", INT4, 1),
+        pytest.param("llama-tied", "gfx942", None, 1, marks=pytest.mark.slow),
+        pytest.param("llama-tied", "sm_90", None, 32, marks=pytest.mark.slow),
+        pytest.param("llama-tied", "sm_90", INT4, 32, marks=pytest.mark.slow),
+        pytest.param("qwen3", "sm_90", None, 4, marks=pytest.mark.slow),
+        pytest.param("qwen3", "sm_90", Scheme(8, act="graph"), 4, marks=pytest.mark.slow),
+        pytest.param("qwen2-window", "gfx942", None, 12, marks=pytest.mark.slow),
+        pytest.param("qwen2-window", "gfx942", Scheme(4, 128, "graph"), 4, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_runs_from_its_table(name: str, device: str, steps: int) -> None:
+def test_a_model_runs_from_its_table(
+    name: str, device: str, scheme: Scheme | None, steps: int
+) -> None:
     """Prefill of three sequences, mixed steps, decode: logits within bf16 error of the oracle in
     bf16, and the same greedy tokens wherever the margin exceeds it."""
-    model = tiny(name, device)
+    model = tiny(name, device, scheme)
     simulator = model.simulator()
     reference = Reference(model.plan.graph, model.weights, "bf16")
     exact = Reference(model.plan.graph, model.weights, "fp32")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from sinterlm.artifact.memo import Memo
 from sinterlm.ir.plan import MatrixOrder, Plan
+from sinterlm.ir.quant import ActDType
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Backend(Protocol):
     @property
     def weight_order(self) -> MatrixOrder:
         """How matrices are packed."""
+        ...
+
+    @property
+    def act_dtype(self) -> ActDType | None:
+        """The operands beside coded weights, where the target has one kind alone."""
         ...
 
     def resolve_isa(self, isa: str | None) -> str:

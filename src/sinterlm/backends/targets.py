@@ -24,7 +24,7 @@ def find_backend(options: CompileOptions) -> Backend:
 
     asked = {
         "--dtype fp32": options.dtype == "fp32",
-        "--quantization": options.quantization is not None,
+        "--act-dtype int8": options.act_dtype == "int8",
         "--kv-cache-dtype int8": options.kv_cache_dtype == "int8",
     }
     for name in (name for name, is_asked in asked.items() if is_asked):

@@ -10,7 +10,8 @@ writes them down. Packed layouts:
   them, so that one stream feeds a worker. 8 bits: ``[group/4][64][4]`` bytes. 4 bits:
   ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
-* ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side; bf16 alone.
+* ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side, in bf16; or in
+  codes, as ``backends/gpu/kernels/codes.py`` describes them.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -50,7 +51,7 @@ class PackedTensor:
     segments: tuple[Segment, ...]
     offset: int  #: bytes
     nbytes: int
-    format: GemmFormat | None = None  #: of panels in codes
+    format: GemmFormat | None = None  #: of panels or tiles in codes
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ class Scheme:
         return replace(stored, act=self.act, act_group=ACT_GROUP)
 
 
-def scheme_of(options: CompileOptions) -> Scheme:
-    """What the options ask for. Raises UsageError."""
+def scheme_of(options: CompileOptions, only_act: ActDType | None = None) -> Scheme:
+    """What the options ask for, or the target, which may have one kind of activations alone.
+    Raises UsageError."""
     bits, group, act = options.quantization, options.quant_group, options.act_dtype
     if bits not in (None, "int8", "int4"):
         raise UsageError(f"--quantization {bits!r} is not supported; supported: int8, int4")
@@ -78,7 +79,7 @@ def scheme_of(options: CompileOptions) -> Scheme:
     return Scheme(
         bits=None if bits is None else 8 if bits == "int8" else 4,
         group=group,
-        act=None if act is None else "graph" if act == "bf16" else "int8",
+        act=only_act if act is None else "graph" if act == "bf16" else "int8",
     )
 
 

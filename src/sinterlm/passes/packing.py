@@ -132,7 +132,7 @@ def coded_chunks(
             rows = floats[name][start:stop]
             wide = from_bf16(rows) if rows.dtype == np.uint16 else rows
             writer.put(lo - first, quantise(wide, form.bits, form.group, form.symmetric))
-        yield writer.panels()
+        yield writer.bytes()
 
 
 def _end(segment: Segment) -> int:

@@ -1,4 +1,4 @@
-"""Panels of coded weights as bytes, and back; see ``ir/plan.py`` for the layout.
+"""Panels and tiles of coded weights as bytes, and back; see ``ir/plan.py`` for the layout.
 
 Refuses a scale that the panel's fp16 cannot hold: codes that a checkpoint brings are kept exactly
 or not at all.
@@ -18,6 +18,8 @@ from sinterlm.ir.quant import PANEL_COLUMNS, CodedMatrix, GemmFormat, PanelShape
 Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
+TILE_DEPTH = 64  #: of k that lie side by side in a column of a tile
+
 
 class PanelWriter:
     """Gathers rows of coded matrices into panels of a tensor of depth ``k``."""
@@ -25,7 +27,7 @@ class PanelWriter:
     def __init__(self, tensor: PackedTensor, columns: int) -> None:
         """Room for ``columns`` columns, a multiple of 64, all of them zero for now."""
         assert tensor.format is not None
-        self.form, self.name = tensor.format, tensor.name
+        self.form, self.name, self.kind = tensor.format, tensor.name, tensor.kind
         self.shape = PanelShape(tensor.format, tensor.k)
         self.codes = np.full((columns, tensor.k), 1 << (self.form.bits - 1), np.uint8)
         self.scales = np.zeros((columns, self.shape.num_groups), np.float32)
@@ -52,6 +54,30 @@ class PanelWriter:
                 "quantised weights are stored with; compile the checkpoint that it was made from"
             )
 
+    def bytes(self) -> Bytes:
+        """The bytes [columns / 64, bytes of a panel] in the tensor's order."""
+        return self.tiles() if self.kind == "tiles" else self.panels()
+
+    def tiles(self) -> Bytes:
+        """As a GPU reads them: codes, then all scales, then all offsets."""
+        shape, count = self.shape, len(self.codes) // PANEL_COLUMNS
+        cut = self.codes.reshape(count, PANEL_COLUMNS, shape.k // TILE_DEPTH, TILE_DEPTH)
+        codes = np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
+        if self.form.bits == 4:
+            half = TILE_DEPTH // 2
+            codes = codes[..., :half] | (codes[..., half:] << np.uint8(4))
+        parts = [codes]
+        for tail in self._tails(slice(None)):
+            rows = tail.reshape(count, PANEL_COLUMNS, shape.num_groups).transpose(0, 2, 1)
+            parts.append(np.ascontiguousarray(rows).view(np.uint8))
+        return np.concatenate([part.reshape(count, -1) for part in parts], axis=1)
+
+    def _tails(self, groups: slice) -> list[NDArray[Any]]:
+        """Scales, and offsets where the format has them, [columns, groups]."""
+        kind = np.float16 if self.form.group else np.float32
+        tails: list[NDArray[Any]] = [self.scales[:, groups].astype(kind)]
+        return tails if self.form.symmetric else [*tails, self.offsets[:, groups]]
+
     def panels(self) -> Bytes:
         """The bytes [columns / 64, bytes of a panel]."""
         shape, bits = self.shape, self.form.bits
@@ -74,10 +100,7 @@ class PanelWriter:
         cut = words.reshape(panels, PANEL_COLUMNS, count, -1).transpose(0, 2, 3, 1)
         end = size - self.shape.tail_bytes
         out[:, :, :end] = np.ascontiguousarray(cut).view(np.uint8).reshape(panels, count, end)
-        kind = np.float16 if self.form.group else np.float32
-        tails = [self.scales[:, groups].astype(kind)]
-        tails += [] if self.form.symmetric else [self.offsets[:, groups]]
-        for tail in tails:
+        for tail in self._tails(groups):
             rows = tail.reshape(panels, PANEL_COLUMNS, count).transpose(0, 2, 1)
             flat = np.ascontiguousarray(rows).view(np.uint8)
             out[:, :, end : end + flat.shape[2]] = flat
@@ -89,6 +112,8 @@ def unpack_codes(tensor: PackedTensor, packed: Bytes) -> CodedMatrix:
     assert tensor.format is not None
     form, shape = tensor.format, PanelShape(tensor.format, tensor.k)
     panels = packed.reshape(-1, shape.nbytes)
+    if tensor.kind == "tiles":
+        return _unpack_tiles(panels, shape)
     columns = len(panels) * PANEL_COLUMNS
     codes: list[Bytes] = []
     scales: list[F32] = []
@@ -108,6 +133,30 @@ def unpack_codes(tensor: PackedTensor, packed: Bytes) -> CodedMatrix:
         codes=np.concatenate(codes, axis=1),
         scales=np.stack(scales, axis=1).astype(np.float32),
         offsets=None if form.symmetric else np.stack(offsets, axis=1),
+        bits=form.bits,
+        group=form.group,
+    )
+
+
+def _unpack_tiles(panels: Bytes, shape: PanelShape) -> CodedMatrix:
+    """Inverse of ``PanelWriter.tiles``."""
+    form, count, groups = shape.form, len(panels), shape.num_groups
+    end = PANEL_COLUMNS * shape.k * form.bits // 8
+    codes = panels[:, :end].reshape(count, shape.k // TILE_DEPTH, PANEL_COLUMNS, -1)
+    if form.bits == 4:
+        codes = np.concatenate([codes & 15, codes >> 4], axis=3)
+    tails: list[F32] = []
+    kinds = (np.dtype(np.float16 if form.group else np.float32), np.dtype(np.float32))
+    for kind in kinds[: 2 - form.symmetric]:
+        stop = end + groups * PANEL_COLUMNS * kind.itemsize
+        rows = np.ascontiguousarray(panels[:, end:stop]).view(kind)
+        cut = rows.reshape(count, groups, PANEL_COLUMNS).transpose(0, 2, 1)
+        tails.append(cut.reshape(-1, groups).astype(np.float32))
+        end = stop
+    return CodedMatrix(
+        codes=np.ascontiguousarray(codes.transpose(0, 2, 1, 3)).reshape(-1, shape.k),
+        scales=tails[0],
+        offsets=None if form.symmetric else tails[1],
         bits=form.bits,
         group=form.group,
     )

@@ -11,6 +11,7 @@ from sinterlm.backends.cxx import toolchain
 from sinterlm.backends.cxx.isa import best_isa, parse_isa
 from sinterlm.errors import CompileError
 from sinterlm.ir.plan import MatrixOrder, Plan
+from sinterlm.ir.quant import ActDType
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class CpuBackend:
     library_name: str = "model.so"
     source_name: str = "model.cpp"
     weight_order: MatrixOrder = "panels"
+    act_dtype: ActDType | None = None
 
     def resolve_isa(self, isa: str | None) -> str:
         """``isa`` checked, or this machine's widest level. Raises UsageError for unknown names."""

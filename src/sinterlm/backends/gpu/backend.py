@@ -15,6 +15,7 @@ from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.table import Table
 from sinterlm.errors import CompileError, UsageError
 from sinterlm.ir.plan import MatrixOrder, Plan
+from sinterlm.ir.quant import ActDType
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GpuBackend:
     library_name: str = "model.so"
     source_name: str = "model.table"
     weight_order: MatrixOrder = "tiles"
+    act_dtype: ActDType | None = "graph"
 
     @property
     def target(self) -> str:

@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -27,8 +28,9 @@ from sinterlm.ir.bf16 import from_bf16, to_bf16
 Order = Literal["forward", "backward"] | int
 
 #: NumPy's type of each pointer; bf16 travels as its bits.
-_ELEMENTS = {
-    "*bf16": np.uint16, "*fp32": np.float32, "*i32": np.int32, "*u64": np.uint64,
+ELEMENTS = {
+    "*bf16": np.uint16, "*fp16": np.float16, "*fp32": np.float32, "*u8": np.uint8,
+    "*i32": np.int32, "*u64": np.uint64,
 }  # fmt: skip
 _SCALARS = {"i32": np.int32, "i64": np.int64}
 
@@ -52,13 +54,13 @@ def run_kernel(
     kernel = getattr(import_module(f"sinterlm.backends.gpu.kernels.{signature.module}"), name)
     given: dict[str, Any] = dict(constants)
     arrays = []
-    for arg, kind in signature.args.items():
+    for arg, kind in signature.types(constants).items():
         value = args[arg]
         if kind in _SCALARS:
             number = np.array([value], _SCALARS[kind])
         else:
             assert isinstance(value, np.ndarray), f"{name}: {arg} is no array"
-            assert value.dtype == _ELEMENTS[kind], f"{name}: {arg} is {value.dtype}, not {kind}"
+            assert value.dtype == ELEMENTS[kind], f"{name}: {arg} is {value.dtype}, not {kind}"
             assert value.flags.c_contiguous, f"{name}: {arg} is not contiguous"
             arrays.append(value)
             number = np.array([value.ctypes.data], np.uint64)
@@ -178,9 +180,13 @@ def _corrected(builder: Any, name: str, arrays: Sequence[NDArray[Any]]) -> Itera
     kept = {which: getattr(builder, which) for which in changed}
     for which, checked in changed.items():
         setattr(builder, which, checked)
+    options = builder.options
+    # Every sum of integers would be done again in 64 bits, for half of the time.
+    builder.options = replace(options, sanitize_overflow=False)
     try:
         yield
     finally:
+        builder.options = options
         for which in changed:
             delattr(builder, which)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sinterlm.backends.gpu.devices import Device
+from sinterlm.backends.gpu.operands import Operand, deepest_block, operand, unsupported
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Axis, Buffer, Choice, Kernel, Launch, Table, Unit
 from sinterlm.backends.gpu.tuning import Entry, TileTable, cut_gemm, divisor, read_tiles
@@ -32,7 +33,6 @@ def check_shape(plan: Plan) -> None:
     """Raises UnsupportedModelError where the kernels' tiles do not fit the model."""
     c = plan.graph.config
     rules = (
-        (not plan.graph.formats, "weights in codes", "bf16"),
         (c.head_dim in (32, 64, 128), f"head_dim {c.head_dim}", "32, 64 or 128"),
         (c.hidden_size % 64 == 0, f"hidden_size {c.hidden_size}", "a multiple of 64"),
         (c.num_heads * c.head_dim % 64 == 0, f"{c.num_heads} heads of {c.head_dim}",
@@ -43,6 +43,13 @@ def check_shape(plan: Plan) -> None:
         if not holds:
             raise UnsupportedModelError(
                 f"{have} is not supported on a GPU; it must be {need}. `--target cpu` takes it"
+            )
+    for name, form in plan.graph.formats.items():
+        wrong = unsupported(form)
+        if wrong is not None:
+            raise UnsupportedModelError(
+                f"{name} has {wrong}, which no GPU kernel reads; give --quantization int4 to store "
+                "it anew, or --target cpu"
             )
 
 
@@ -57,7 +64,7 @@ class _Builder:
         self.choices: list[Choice] = []
         self.slots: dict[str, tuple[object, ...]] = {}
         self.scratch: dict[tuple[str, Unit], int] = {}
-        self.offsets = {t.name: t.offset for t in plan.layout.tensors}
+        self.tensors = {t.name: t for t in plan.layout.tensors}
 
     def build(self) -> Table:
         """Walk the ops."""
@@ -101,10 +108,11 @@ class _Builder:
         if isinstance(op, ops.EmbedNorm):
             tied = c.tie_word_embeddings
             width = divisor(self.tiles.of("embed_norm")[0].tile["BN"], h)
+            table = operand(self.tensors["lm_head" if tied else "embed"])
             yield self.simple(
-                "embed_norm", op.kind, -1, {"H": h, "IN_TILES": tied, "BN": width},
-                (Axis("T"), Axis("1", 1, h // width), _ONE),
-                table=self.weight("lm_head" if tied else "embed"),
+                "embed_norm", op.kind, -1,
+                {"H": h, "IN_TILES": tied, "BN": width, **table.constants},
+                (Axis("T"), Axis("1", 1, h // width), _ONE), **table.bind("table"),
                 norm=self.weight("layers.0.attn_norm"),
             )  # fmt: skip
         elif isinstance(op, ops.NormQkvRopeKv):
@@ -117,7 +125,7 @@ class _Builder:
             yield self.gemm(
                 "norm_gate_up_act", op.kind, op.layer, ffn, h, 2,
                 {"F": ffn, "H": h, "EPS": op.eps, "HAS_BIAS": bias is not None},
-                w=self.weight(f"{at}.gate_up"), bias=self.weight(f"{at}.gate_up_bias", bias),
+                self.matrix(f"{at}.gate_up"), bias=self.weight(f"{at}.gate_up_bias", bias),
             )  # fmt: skip
         elif isinstance(op, ops.OResidual | ops.DownResidual):
             yield self.residual(op)
@@ -137,8 +145,8 @@ class _Builder:
         }  # fmt: skip
         return self.gemm(
             "norm_qkv_rope_kv", op.kind, op.layer, op.num_kv_heads * (group + 2) * dim // 2, h, 2,
-            constants, dim // 2, op.q_norm is not None,
-            w=self.weight(f"{at}.qkv"), bias=self.weight(f"{at}.qkv_bias", bias),
+            constants, self.matrix(f"{at}.qkv"), dim // 2, op.q_norm is not None,
+            bias=self.weight(f"{at}.qkv_bias", bias),
             q_norm=self.weight(f"{at}.q_norm", op.q_norm),
             k_norm=self.weight(f"{at}.k_norm", op.k_norm),
             k_base=f"k:{op.layer}", v_base=f"v:{op.layer}",
@@ -148,16 +156,16 @@ class _Builder:
         """A projection back to the stream."""
         is_down, layer, h = isinstance(op, ops.DownResidual), op.layer, self.config.hidden_size
         name = f"layers.{layer}.{'down' if is_down else 'o'}"
-        depth = next(t.k for t in self.plan.layout.tensors if t.name == name)
+        depth = self.tensors[name].k
         norm = f"layers.{layer}.mlp_norm"
         if is_down:
             last = layer == self.config.num_layers - 1
             norm = "final_norm" if last else f"layers.{layer + 1}.attn_norm"
         constants = {"N": h, "K": depth, "A_PITCH": depth, "HAS_BIAS": op.bias is not None}
         return self.gemm(
-            "residual_matmul", op.kind, layer, h, depth, 1, constants,
-            a=f"buffer:{'h' if is_down else 'y'}", w=self.weight(name),
-            bias=self.weight(f"{name}_bias", op.bias), norm=self.weight(norm),
+            "residual_matmul", op.kind, layer, h, depth, 1, constants, self.matrix(name),
+            a=f"buffer:{'h' if is_down else 'y'}", bias=self.weight(f"{name}_bias", op.bias),
+            norm=self.weight(norm),
         )  # fmt: skip
 
     def attention(self, op: ops.Attention) -> Launch:
@@ -195,13 +203,17 @@ class _Builder:
         """Logits with the best of each block of them, and the merge."""
         c, h = self.config, self.config.hidden_size
         padded = -(-c.vocab_size // 64) * 64
-        widths = {cut_gemm(e, padded, h)["BN"] for e in self.tiles.of("lm_head")}
+        matrix = self.matrix("lm_head")
+        entries = self.tiles.of("lm_head", matrix.stored)
+        widths = {cut_gemm(e, padded, h)["BN"] for e in entries}
         width = min(widths)  # one for all, so that one merge serves them
         blocks = padded // width
-        for entry in self.tiles.of("lm_head"):
-            tile = cut_gemm(entry, padded, h, width)
+        deepest = deepest_block(matrix.constants["W_GROUP"])
+        for entry in entries:
+            tile = cut_gemm(entry, padded, h, width, most_depth=deepest)
             constants = {"H": h, "V": c.vocab_size, "VP": padded, "EPS": op.eps,
-                         "KEEP_LOGITS": True, **self.gemm_constants(tile, entry)}  # fmt: skip
+                         "KEEP_LOGITS": True, **matrix.constants,
+                         **self.gemm_constants(tile, entry)}  # fmt: skip
             del constants["SPLIT"], constants["DRAIN"]
             self.choose(op.kind, -1, "lm_head", entry, constants,
                         (Axis("R", tile["BM"], blocks), _ONE, _ONE), "R")  # fmt: skip
@@ -209,7 +221,7 @@ class _Builder:
             self.need(name, "R", count * blocks * 4)
         self.need("ids", "R", 4)
         self.need("logprobs", "R", 4)
-        yield Launch(op.kind, -1, self.bind("lm_head", {"w": self.weight("lm_head")}))
+        yield Launch(op.kind, -1, self.bind("lm_head", matrix.bind()))
         wide = 1 << (blocks - 1).bit_length()
         yield self.simple("merge_rows", "merge_rows", -1, {"BLOCKS": blocks, "WIDTH": wide},
                           (Axis("R"), _ONE, _ONE), slots="input:row_slots")  # fmt: skip
@@ -218,21 +230,23 @@ class _Builder:
 
     def gemm(
         self, name: str, slot: str, layer: int, columns: int, depth: int, halves: int,
-        constants: dict[str, Any], most_columns: int = 1 << 30, must_be_most: bool = False,
-        **bound: str,
+        constants: dict[str, Any], matrix: Operand, most_columns: int = 1 << 30,
+        must_be_most: bool = False, **bound: str,
     ) -> Launch:  # fmt: skip
-        """A GEMM by every entry of the tile table."""
-        for entry in self.tiles.of(name):
-            tile = cut_gemm(entry, columns, depth, most_columns, must_be_most)
+        """A GEMM by every entry of the tile table for what ``matrix`` is stored in."""
+        slot += matrix.suffix
+        deepest = deepest_block(matrix.constants["W_GROUP"])
+        for entry in self.tiles.of(name, matrix.stored):
+            tile = cut_gemm(entry, columns, depth, most_columns, must_be_most, deepest)
             tiles_n, split = columns // tile["BN"], tile["SPLIT"]
             if split > 1:
                 count = -(-entry.max_rows // tile["BM"]) * tiles_n
                 self.need("parts", "1", count * split * halves * tile["BM"] * tile["BN"] * 4)
                 self.need("counters", "1", count * 4)
             grid = (Axis("T", tile["BM"], tiles_n * split), _ONE, _ONE)
-            self.choose(slot, layer, name, entry, {**constants, **self.gemm_constants(tile, entry)},
-                        grid, "T")  # fmt: skip
-        return Launch(slot, layer, self.bind(name, bound))
+            made_for = {**constants, **matrix.constants, **self.gemm_constants(tile, entry)}
+            self.choose(slot, layer, name, entry, made_for, grid, "T")
+        return Launch(slot, layer, self.bind(name, {**bound, **matrix.bind()}))
 
     def gemm_constants(self, tile: dict[str, int], entry: Entry) -> dict[str, Any]:
         """Constants that all GEMMs have. Weights that are read once go past the nearest cache."""
@@ -288,7 +302,11 @@ class _Builder:
 
     def weight(self, tensor: str, source: str | None = "") -> str:
         """A packed tensor; ``null`` where the model has none (``source`` None)."""
-        return "null" if source is None else f"weight:{self.offsets[tensor]}"
+        return "null" if source is None else f"weight:{self.tensors[tensor].offset}"
+
+    def matrix(self, tensor: str) -> Operand:
+        """How a GEMM reads a packed matrix."""
+        return operand(self.tensors[tensor])
 
     def need(self, name: str, unit: Unit, nbytes: int) -> None:
         """Scratch memory, as large as the largest that asks."""

@@ -127,6 +127,10 @@ def faults(made: Object, device: Device) -> list[str]:
     if "BM" in constants:  # whatever streams weights or pages
         if not facts["wide_loads"]:
             wrong.append("no load of 16 bytes")
+        # Codes are bytes, which Triton joins where it sees that it may; 16 columns (heads of 32)
+        # have too few for 8 warps.
+        if facts["byte_loads"] and constants.get("BN", 0) >= 32:
+            wrong.append(f"{facts['byte_loads']} loads of single bytes")
         pattern = device.matrix[constants["BM"] >= 64]
         if not any(re.match(pattern, name) for name in facts["matrix"]):
             wrong.append(f"no {pattern}, but {facts['matrix']}")
@@ -181,7 +185,7 @@ def _job(kernel: Kernel, device: Device) -> dict[str, Any]:
         hints.append(held)
     return {
         "kernel": kernel.name, "module": signature.module, "device": list(device.triple),
-        "args": signature.args, "hints": hints, "constants": kernel.constants,
+        "args": signature.types(kernel.constants), "hints": hints, "constants": kernel.constants,
         "options": {"enable_fp_fusion": True, **kernel.options},
     }  # fmt: skip
 

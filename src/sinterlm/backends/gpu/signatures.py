@@ -1,12 +1,15 @@
 """The arguments of every GPU kernel that are not constants, with their types, in order.
 
-Pointers are ``*type``, scalars ``i32`` or ``i64``. All else in a kernel's signature is a constant
-that it is compiled for. One table for the compiler, the launch table, the interpreter and the host.
+Pointers are ``*type``, scalars ``i32`` or ``i64``; ``*weight`` and ``*scale`` are what the matrix
+is stored in (``Signature.types``). All else in a kernel's signature is a constant that it is
+compiled for. One table for the compiler, the launch table, the interpreter and the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,16 @@ class Signature:
     name: str
     module: str
     args: dict[str, str]  #: type by name, in order
+
+    def types(self, constants: Mapping[str, Any]) -> dict[str, str]:
+        """``args`` of a kernel compiled for ``constants``: codes are bytes, their scales fp16, or
+        fp32 where a column has one."""
+        in_codes = constants.get("BITS", 16) != 16
+        found = {
+            "*weight": "*u8" if in_codes else "*bf16",
+            "*scale": "*fp16" if constants.get("W_GROUP", 0) else "*fp32",
+        }
+        return {name: found.get(kind, kind) for name, kind in self.args.items()}
 
     def is_aligned(self, arg: str) -> bool:
         """Whether the caller promises a multiple of 16 (bytes, or elements of a stride)."""
@@ -31,6 +44,7 @@ STRIDES = ("page_stride", "token_stride", "head_stride")
 #: Pointers into KV memory, which may be larger than 2 GB.
 PAGES = ("k_base", "v_base")
 
+_MATRIX = {"w": "*weight", "w_scale": "*scale", "w_offset": "*fp32"}
 _GEMM = {"parts": "*fp32", "counters": "*i32", "num_tokens": "i32"}
 _PAGED = {"page_tokens": "i32", "page_stride": "i64", "token_stride": "i32", "head_stride": "i32"}
 _BEST = {"best": "*fp32", "tops": "*fp32", "best_ids": "*i32"}
@@ -39,11 +53,12 @@ SIGNATURES: dict[str, Signature] = {
     s.name: s
     for s in (
         Signature("embed_norm", "norm", {
-            "tokens": "*i32", "slots": "*i32", "drawn": "*i32", "table": "*bf16", "norm": "*fp32",
-            "x": "*fp32", "xw": "*bf16", "ssq": "*fp32",
+            "tokens": "*i32", "slots": "*i32", "drawn": "*i32", "table": "*weight",
+            "w_scale": "*scale", "w_offset": "*fp32", "norm": "*fp32", "x": "*fp32", "xw": "*bf16",
+            "ssq": "*fp32",
         }),
         Signature("norm_qkv_rope_kv", "attention", {
-            "xw": "*bf16", "ssq": "*fp32", "w": "*bf16", "bias": "*fp32", "q_norm": "*fp32",
+            "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "q_norm": "*fp32",
             "k_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i32",
             "kv_slots": "*i32", "q": "*bf16", "k_base": "*bf16", "v_base": "*bf16", **_GEMM,
             **_PAGED,
@@ -55,14 +70,14 @@ SIGNATURES: dict[str, Signature] = {
             "table_stride": "i32", **_PAGED,
         }),
         Signature("residual_matmul", "matmul", {
-            "a": "*bf16", "w": "*bf16", "bias": "*fp32", "norm": "*fp32", "x": "*fp32",
+            "a": "*bf16", **_MATRIX, "bias": "*fp32", "norm": "*fp32", "x": "*fp32",
             "xw": "*bf16", "ssq": "*fp32", **_GEMM,
         }),
         Signature("norm_gate_up_act", "mlp", {
-            "xw": "*bf16", "ssq": "*fp32", "w": "*bf16", "bias": "*fp32", "h": "*bf16", **_GEMM,
+            "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "h": "*bf16", **_GEMM,
         }),
         Signature("lm_head", "sample", {
-            "xw": "*bf16", "ssq": "*fp32", "rows": "*i32", "w": "*bf16", "temperature": "*fp32",
+            "xw": "*bf16", "ssq": "*fp32", "rows": "*i32", **_MATRIX, "temperature": "*fp32",
             "seeds": "*u64", "draws": "*i32", "logits": "*fp32", **_BEST, "num_rows": "i32",
         }),
         Signature("merge_rows", "sample", {

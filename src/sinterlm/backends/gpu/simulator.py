@@ -11,16 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinterlm.backends.gpu.interpreter import Order, run_kernel
+from sinterlm.backends.gpu.interpreter import ELEMENTS, Order, run_kernel
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Table, Unit
 from sinterlm.ir.graph import Rope
 
 Array = NDArray[Any]
-
-_ELEMENTS: dict[str, type[np.generic]] = {
-    "*bf16": np.uint16, "*fp32": np.float32, "*i32": np.int32, "*u64": np.uint64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ class Simulator:
         }  # fmt: skip
         for launch in self.table.launches[self.only.start : self.only.stop]:
             kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
-            types = SIGNATURES[kernel.name].args
+            types = SIGNATURES[kernel.name].types(kernel.constants)
             args = {
                 name: self.argument(given, types[name], values)
                 for name, given in zip(types, launch.args, strict=True)
@@ -142,16 +138,18 @@ class Simulator:
     def argument(self, given: str, kind: str, values: dict[str, int]) -> Array | int:
         """What a binding of the table leads to."""
         if given == "null":
-            return np.zeros(0, _ELEMENTS[kind])
+            return np.zeros(0, ELEMENTS[kind])
         where, _, name = given.partition(":")
         if where == "value":
             return values[name]
         if where == "input":
             return self.inputs[name]
         if where == "buffer":
-            return self.buffer(name).view(_ELEMENTS[kind])
+            return self.buffer(name).view(ELEMENTS[kind])
         if where == "weight":
-            return self.weights[int(name) :].view(_ELEMENTS[kind])
+            tail = self.weights[int(name) :]
+            size = np.dtype(ELEMENTS[kind]).itemsize
+            return tail[: len(tail) // size * size].view(ELEMENTS[kind])
         pages = self.kv[int(name)].reshape(-1)
         half = self.page_tokens * self.kv[0].shape[-1]
         return pages if where == "k" else pages[half:]

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+#: What a GEMM's weights are stored in.
+Stored = Literal["bf16", "codes"]
 
 _TABLES = Path(__file__).with_name("tiles")
 
@@ -23,6 +26,7 @@ class Entry:
     tile: dict[str, int]
     options: dict[str, Any]  #: of the compiler
     source: str
+    weights: Stored = "bf16"
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class TileTable:
     status: str
     entries: tuple[Entry, ...]
 
-    def of(self, kernel: str) -> tuple[Entry, ...]:
-        """The entries of a kernel, fewest rows first; the last one is for any number."""
-        found = [e for e in self.entries if e.kernel == kernel]
+    def of(self, kernel: str, weights: Stored = "bf16") -> tuple[Entry, ...]:
+        """The entries of a kernel for weights that are stored so, fewest rows first; the last one
+        is for any number."""
+        found = [e for e in self.entries if (e.kernel, e.weights) == (kernel, weights)]
         return tuple(sorted(found, key=lambda e: e.max_rows or 1 << 30))
 
 
@@ -54,16 +59,22 @@ def divisor(wanted: int, of: int) -> int:
 
 
 def cut_gemm(
-    entry: Entry, columns: int, depth: int, most_columns: int = 1 << 30, must_be_most: bool = False
+    entry: Entry,
+    columns: int,
+    depth: int,
+    most_columns: int = 1 << 30,
+    must_be_most: bool = False,
+    most_depth: int = 1 << 30,
 ) -> dict[str, int]:
     """BM, BN, BK, SPLIT and GROUP_M of a GEMM of ``columns`` columns.
 
-    BN divides ``columns`` and is at most (or just) ``most_columns``; BK divides ``depth``. The
-    depth is split until a step of few rows has MIN_PROGRAMS programs, at most MAX_SPLIT times.
+    BN divides ``columns`` and is at most (or just) ``most_columns``; BK divides ``depth`` and is at
+    most ``most_depth``. The depth is split until a step of few rows has MIN_PROGRAMS programs, at
+    most MAX_SPLIT times.
     """
     tile = entry.tile
     width = most_columns if must_be_most else divisor(min(tile["BN"], most_columns), columns)
-    block = divisor(tile["BK"], depth)
+    block = divisor(min(tile["BK"], most_depth), depth)
     split = 1
     while (
         columns // width * split < tile["MIN_PROGRAMS"]

@@ -89,6 +89,9 @@ def _amd_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
         "occupancy": int(occupancy[1]) if occupancy else None,
         "matrix": sorted(set(re.findall(r"v_s?mfma\w+|v_wmma\w+", text))),
         "wide_loads": len(re.findall(r"(?:buffer|global)_load_(?:dwordx4|b128|lds_dwordx4)", text)),
+        "byte_loads": len(
+            re.findall(r"(?:buffer|global)_load_(?:d16_\w*)?(?:[us]byte|[ui]8)", text)
+        ),
         "is_ordered": _amd_counts_after_stores(text),
     }
 
@@ -131,6 +134,7 @@ def _nvidia_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
         "private_bytes": numbers["STACK"],
         "matrix": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.\S+ .*0x10", ptx)),
+        "byte_loads": len(re.findall(r"ld\.global\S*\.[bsu]8\b", ptx)),
         "is_ordered": True,
     }
 

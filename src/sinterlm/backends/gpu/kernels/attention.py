@@ -22,7 +22,9 @@ from sinterlm.backends.gpu.kernels.norm import rstd
 def norm_qkv_rope_kv(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
-    w,  # packed [HKV * (GROUP + 2) * D, H] bf16: per KV head its queries, k, v
+    w,  # packed [HKV * (GROUP + 2) * D, H] bf16: per KV head its queries, k, v; or codes
+    w_scale,  # of the codes; not read where BITS is 16
+    w_offset,  # not read unless W_OFFSETS
     bias,  # [HKV * (GROUP + 2) * D] fp32; not read unless HAS_BIAS
     q_norm,  # [D] fp32; not read unless QK_NORM
     k_norm,  # [D] fp32
@@ -42,6 +44,7 @@ def norm_qkv_rope_kv(
     head_stride,
     H: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     EPS: tl.constexpr, QK_EPS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
+    BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +62,8 @@ def norm_qkv_rope_kv(
     begin, end = depth_of(split, H, BK, SPLIT)
     a = tl.zeros((BM, BN), tl.float32)
     b = tl.zeros((BM, BN), tl.float32)
-    a, b = accumulate_pair(a, b, xw, m, live, w, n, n + D // 2, begin, end, H, H, BK, CACHE)
+    a, b = accumulate_pair(a, b, xw, m, live, w, w_scale, w_offset, n, n + D // 2, begin, end, H, H,
+                           BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
     tile = tile_m * num_n + tile_n
     last = True
     if SPLIT > 1:

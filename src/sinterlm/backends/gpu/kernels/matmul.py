@@ -1,14 +1,16 @@
 """GEMM of few or many rows by packed tiles, and the projection back to the residual stream.
 
-W[N, K] lies as [N/64][K/64][64 columns][64 of k]: whatever a program loads is contiguous in pieces
-of 8 KB, so that no row stride meets the same memory channel again and again. Sums are fp32. With
-SPLIT > 1 several programs share a tile's depth; the last one to arrive adds their sums in the order
-of the splits, so the result does not depend on who that is.
+W[N, K] in bf16 lies as [N/64][K/64][64 columns][64 of k]: whatever a program loads is contiguous in
+pieces of 8 KB, so that no row stride meets the same memory channel again and again. Codes (BITS 4
+or 8) lie as ``codes.py`` says. Sums are fp32. With SPLIT > 1 several programs share a tile's depth;
+the last one to arrive adds their sums in the order of the splits, so the result does not depend on
+who that is.
 """
 
 import triton
 import triton.language as tl
 
+from sinterlm.backends.gpu.kernels.codes import accumulate_codes, accumulate_codes_pair
 from sinterlm.backends.gpu.kernels.norm import store_stream
 
 
@@ -49,31 +51,45 @@ def column_offsets(n, K: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, a, m, live, w, n, begin, end, A_PITCH: tl.constexpr, K: tl.constexpr,
-               BK: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
-    """acc[BM, BN] + a[m, begin:end] @ W[n, begin:end]ᵀ; rows that are not live count as zeros."""
-    k = tl.arange(0, BK)
-    a_at = a + m[:, None] * A_PITCH + k[None, :]
-    w_at = w + column_offsets(n, K)[None, :] + ((k // 64) * 4096 + k % 64)[:, None]
-    for start in range(begin, end, BK):
-        x = tl.load(a_at + start, mask=live[:, None], other=0.0)
-        acc = tl.dot(x, tl.load(w_at + start * 64, cache_modifier=CACHE), acc)
+def accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH: tl.constexpr,
+               K: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr, BITS: tl.constexpr,
+               W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr,
+               W_PITCH: tl.constexpr):  # fmt: skip
+    """a[m, begin:end] @ W[n, begin:end]ᵀ [BM, BN], ``acc`` being zeros; rows that are not live
+    count as zeros."""
+    if BITS != 16:
+        acc = accumulate_codes(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH, BK,
+                               CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
+    else:
+        k = tl.arange(0, BK)
+        a_at = a + m[:, None] * A_PITCH + k[None, :]
+        w_at = w + column_offsets(n, K)[None, :] + ((k // 64) * 4096 + k % 64)[:, None]
+        for start in range(begin, end, BK):
+            x = tl.load(a_at + start, mask=live[:, None], other=0.0)
+            acc = tl.dot(x, tl.load(w_at + start * 64, cache_modifier=CACHE), acc)
     return acc
 
 
 @triton.jit
-def accumulate_pair(acc0, acc1, a, m, live, w, n0, n1, begin, end, A_PITCH: tl.constexpr,
-                    K: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr):  # fmt: skip
+def accumulate_pair(acc0, acc1, a, m, live, w, w_scale, w_offset, n0, n1, begin, end,
+                    A_PITCH: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
+                    BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr,
+                    W_PITCH: tl.constexpr):  # fmt: skip
     """``accumulate`` for two blocks of columns that read the same rows once."""
-    k = tl.arange(0, BK)
-    a_at = a + m[:, None] * A_PITCH + k[None, :]
-    steps = ((k // 64) * 4096 + k % 64)[:, None]
-    at0 = w + column_offsets(n0, K)[None, :] + steps
-    at1 = w + column_offsets(n1, K)[None, :] + steps
-    for start in range(begin, end, BK):
-        x = tl.load(a_at + start, mask=live[:, None], other=0.0)
-        acc0 = tl.dot(x, tl.load(at0 + start * 64, cache_modifier=CACHE), acc0)
-        acc1 = tl.dot(x, tl.load(at1 + start * 64, cache_modifier=CACHE), acc1)
+    if BITS != 16:
+        acc0, acc1 = accumulate_codes_pair(acc0, acc1, a, m, live, w, w_scale, w_offset, n0, n1,
+                                           begin, end, A_PITCH, BK, CACHE, BITS, W_GROUP,
+                                           W_OFFSETS, W_PITCH)  # fmt: skip
+    else:
+        k = tl.arange(0, BK)
+        a_at = a + m[:, None] * A_PITCH + k[None, :]
+        steps = ((k // 64) * 4096 + k % 64)[:, None]
+        at0 = w + column_offsets(n0, K)[None, :] + steps
+        at1 = w + column_offsets(n1, K)[None, :] + steps
+        for start in range(begin, end, BK):
+            x = tl.load(a_at + start, mask=live[:, None], other=0.0)
+            acc0 = tl.dot(x, tl.load(at0 + start * 64, cache_modifier=CACHE), acc0)
+            acc1 = tl.dot(x, tl.load(at1 + start * 64, cache_modifier=CACHE), acc1)
     return acc0, acc1
 
 
@@ -116,7 +132,9 @@ def join(parts, tile, live, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.conste
 @triton.jit
 def residual_matmul(
     a,  # [T, A_PITCH] bf16
-    w,  # packed [N, K] bf16
+    w,  # packed [N, K] bf16, or codes
+    w_scale,  # of the codes; not read where BITS is 16
+    w_offset,  # not read unless W_OFFSETS
     bias,  # [N] fp32; not read unless HAS_BIAS
     norm,  # [N] fp32, weight of the norm that follows
     x,  # [T, N] fp32, in place
@@ -126,6 +144,7 @@ def residual_matmul(
     counters,  # [tiles] i32, zero
     num_tokens,
     N: tl.constexpr, K: tl.constexpr, A_PITCH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +156,8 @@ def residual_matmul(
     live = m < num_tokens
     begin, end = depth_of(split, K, BK, SPLIT)
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = accumulate(acc, a, m, live, w, n, begin, end, A_PITCH, K, BK, CACHE)
+    acc = accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH, K, BK, CACHE,
+                     BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
     tile = tile_m * (N // BN) + tile_n
     last = True
     if SPLIT > 1:

@@ -18,13 +18,16 @@ from sinterlm.backends.gpu.kernels.norm import rstd
 def norm_gate_up_act(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
-    w,  # packed [2 F, H] bf16: 64 columns of gate, 64 of up, and so on
+    w,  # packed [2 F, H] bf16: 64 columns of gate, 64 of up, and so on; or codes
+    w_scale,  # of the codes; not read where BITS is 16
+    w_offset,  # not read unless W_OFFSETS
     bias,  # [2 F] fp32 in the same order; not read unless HAS_BIAS
     h,  # [T, F] bf16
     parts,  # [tiles, SPLIT, 2, BM, BN] fp32
     counters,  # [tiles] i32, zero
     num_tokens,
     F: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +41,8 @@ def norm_gate_up_act(
     begin, end = depth_of(split, H, BK, SPLIT)
     g = tl.zeros((BM, BN), tl.float32)
     u = tl.zeros((BM, BN), tl.float32)
-    g, u = accumulate_pair(g, u, xw, m, live, w, gate, gate + 64, begin, end, H, H, BK, CACHE)
+    g, u = accumulate_pair(g, u, xw, m, live, w, w_scale, w_offset, gate, gate + 64, begin, end, H,
+                           H, BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
     tile = tile_m * (F // BN) + tile_n
     last = True
     if SPLIT > 1:

@@ -7,6 +7,8 @@ columns, the sum of squares; whoever multiplies xw scales its sums by ``rstd``.
 import triton
 import triton.language as tl
 
+from sinterlm.backends.gpu.kernels.codes import coded_row
+
 
 @triton.jit
 def store_stream(x, m, first, live, norm, x_out, xw, ssq, H: tl.constexpr, BM: tl.constexpr,
@@ -39,12 +41,15 @@ def embed_norm(
     tokens,  # [T] i32; -1 = the token that the row's slot drew last
     slots,  # [T] i32
     drawn,  # [slots] i32
-    table,  # [V, H] bf16 in rows, or packed in tiles where it is the head's
+    table,  # [V, H] bf16 in rows, or packed in tiles; or codes
+    w_scale,  # of the codes; not read where BITS is 16
+    w_offset,  # not read unless W_OFFSETS
     norm,  # [H] fp32
     x,  # [T, H] fp32
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
-    H: tl.constexpr, IN_TILES: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, IN_TILES: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
+    W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
 ):  # fmt: skip
     """x = table[tokens]; xw, ssq for the first norm. Grid (T, ceil(H / BN))."""
     row = tl.program_id(0)
@@ -53,10 +58,13 @@ def embed_norm(
     if token < 0:
         token = tl.load(drawn + tl.load(slots + row))
     n = first + tl.arange(0, BN)
-    if IN_TILES:
+    if BITS != 16:
+        found = coded_row(table, w_scale, w_offset, token, n, BITS, W_GROUP, W_OFFSETS, W_PITCH)
+    elif IN_TILES:
         at = (token // 64) * (64 * H) + (token % 64) * 64 + (n // 64) * 4096 + n % 64
+        found = tl.load(table + at).to(tl.float32)
     else:
-        at = token * H + n
-    values = tl.load(table + at).to(tl.float32)[None, :]
+        found = tl.load(table + token * H + n).to(tl.float32)
+    values = found[None, :]
     m = row + tl.arange(0, 1)
     store_stream(values, m, first, m >= 0, norm, x, xw, ssq, H, 1, BN)

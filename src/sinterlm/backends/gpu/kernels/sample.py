@@ -37,7 +37,9 @@ def lm_head(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
     rows,  # [R] i32: the tokens whose successor is drawn
-    w,  # packed [V, H] bf16
+    w,  # packed [V, H] bf16, or codes
+    w_scale,  # of the codes; not read where BITS is 16
+    w_offset,  # not read unless W_OFFSETS
     temperature,  # [R] fp32
     seeds,  # [R] u64
     draws,  # [R] i32: position of the token that is drawn
@@ -48,6 +50,7 @@ def lm_head(
     num_rows,
     H: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, EPS: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
+    BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_XCD: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +63,8 @@ def lm_head(
     m = tl.load(rows + r, mask=live, other=0)
     n = tile_n * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = accumulate(acc, xw, m, live, w, n, 0, H, H, H, BK, CACHE)
+    acc = accumulate(acc, xw, m, live, w, w_scale, w_offset, n, 0, H, H, H, BK, CACHE, BITS,
+                     W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
     logit = acc * rstd(ssq, m, live, EPS, H, BM)[:, None]
     real = (n < V)[None, :]
     if KEEP_LOGITS:

@@ -1,0 +1,63 @@
+"""What a packed matrix means to the kernels that read it: constants, arguments, tiles.
+
+Refuses by name the formats that no kernel has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sinterlm.backends.gpu.tuning import Stored
+from sinterlm.ir.plan import PackedTensor
+from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
+
+#: Constants of a kernel that reads bf16.
+WIDE: dict[str, Any] = {"BITS": 16, "W_GROUP": 0, "W_OFFSETS": False, "W_PITCH": 0}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One matrix, wide or in codes."""
+
+    constants: dict[str, Any]
+    args: tuple[str, str, str]  #: what fills the matrix, its scales, its offsets
+    stored: Stored  #: the entries of the tile table that fit
+    suffix: str  #: of a slot: layers whose matrices are stored alike share kernels
+
+    def bind(self, matrix: str = "w") -> dict[str, str]:
+        """The arguments by name, the matrix's own being ``matrix``."""
+        return dict(zip((matrix, "w_scale", "w_offset"), self.args, strict=True))
+
+
+def operand(tensor: PackedTensor) -> Operand:
+    """How ``tensor`` is read."""
+    form, at = tensor.format, tensor.offset
+    if form is None:
+        return Operand(WIDE, (f"weight:{at}", "null", "null"), "bf16", "")
+    shape = PanelShape(form, tensor.k)
+    scales = at + PANEL_COLUMNS * tensor.k * form.bits // 8
+    offsets = scales + PANEL_COLUMNS * shape.num_groups * (2 if form.group else 4)
+    constants = {
+        "BITS": form.bits, "W_GROUP": form.group, "W_OFFSETS": not form.symmetric,
+        "W_PITCH": shape.nbytes,
+    }  # fmt: skip
+    args = (
+        f"weight:{at}", f"weight:{scales}", "null" if form.symmetric else f"weight:{offsets}",
+    )  # fmt: skip
+    return Operand(constants, args, "codes", f".{form.name}")
+
+
+def deepest_block(group: int) -> int:
+    """Most of k that a step of a GEMM's loop may take, a power of two: 64 of groups of 32, which it
+    scales one by one; what divides a group; any number where a column has one scale."""
+    return 1 << 30 if group == 0 else max(64, group & -group)
+
+
+def unsupported(form: GemmFormat) -> str | None:
+    """Why no kernel reads a format; None = one does."""
+    if form.act != "graph":
+        return "int8 activations"
+    if form.group != 32 and form.group % 64:
+        return f"weights in groups of {form.group}"
+    return None
