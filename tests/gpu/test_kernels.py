@@ -174,6 +174,17 @@ def test_gate_up(
     assert np.all(np.abs(h - truth) <= 2.0**-8 * np.abs(truth) + 1e-5)
 
 
+def test_a_norm_of_next_to_nothing() -> None:
+    """A mean of squares below eps."""
+    xw, gate = data(1, 64, 64)
+    up = data(1, 64, 64, seed=2)[1]
+    ssq = np.full((1, 4), 16e-6, "f4")
+    h = oplib.gate_up(xw / 1024, ssq, gate, up, None, Tile())
+    g, u = (exact(xw / 1024, w) * scales(ssq, 64) for w in (gate, up))
+    truth = silu(g) * u
+    assert np.all(np.abs(h - truth) <= 2.0**-8 * np.abs(truth) + 1e-5)
+
+
 @pytest.mark.parametrize(
     ("group", "kv_heads", "dim", "has_norm", "page", "tile", "form"),
     [

@@ -1,0 +1,164 @@
+"""Breaks each GPU kernel on purpose, by one edit of its source, and requires its test to notice."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sinterlm.backends.gpu import interpreter
+from tests.gpu import test_kernels as kernels
+from tests.gpu.oplib import Tile
+
+KERNELS = Path(interpreter.__file__).with_name("kernels")
+PACKAGE = "sinterlm.backends.gpu.kernels"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one file, and the check that must fail on it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: Callable[[], None]
+
+
+def _residual() -> None:
+    kernels.test_residual(3, 320, 64, Tile(BN=16, SPLIT=4), True)
+
+
+def _order() -> None:
+    kernels.test_the_order_of_programs_never_shows()
+
+
+def _gate_up() -> None:
+    kernels.test_gate_up(5, 192, 100, Tile(BN=64, SPLIT=3), None, True)
+
+
+def _qkv() -> None:
+    kernels.test_qkv(4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), None)
+
+
+def _bias_of_qkv() -> None:
+    kernels.test_qkv(7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2), None)
+
+
+def _prompts() -> None:
+    kernels.test_attention_of_prompts(kernels.ATTENTION[3])
+
+
+def _decode() -> None:
+    kernels.test_attention_of_decoding_rows(5, 4, 0)
+
+
+def _head() -> None:
+    kernels.test_head_and_draw(Tile(BN=64), None)
+
+
+def _embed() -> None:
+    kernels.test_embed(True, 64)
+
+
+def _codes(form: str) -> Callable[[], None]:
+    tile = Tile(BN=16, SPLIT=4)
+    return lambda: kernels.test_residual_of_codes(kernels.FORMS[form], 3, 320, 64, tile)
+
+
+def _embed_codes() -> None:
+    kernels.test_embed_of_codes(kernels.FORMS["w4g32"])
+
+
+MUTANTS = [
+    Mutant("last block of depth left out", "matmul.py", "(split + 1) * blocks // SPLIT * BK",
+           "((split + 1) * blocks // SPLIT - 1) * BK", _residual),
+    Mutant("bias left out", "matmul.py", "acc += tl.load(bias + n)", "acc += 0 * tl.load(bias + n)",
+           _residual),
+    Mutant("residual left out", "matmul.py", "old + acc, m", "acc, m", _residual),
+    Mutant("a split joined twice", "matmul.py",
+           "parts, tile, split, SPLIT, BM, BN)\n        acc +=",
+           "parts, tile, 0, SPLIT, BM, BN)\n        acc +=", _residual),
+    Mutant("counter left behind", "matmul.py", "tl.store(counter, 0)", "tl.store(counter, 1)",
+           _residual),
+    Mutant("first to arrive finishes", "matmul.py", "== count - 1", "== 0", _order),
+    Mutant("a tile of rows twice", "matmul.py", "first + within % rows,", "first,",
+           lambda: kernels.test_residual(37, 192, 192, kernels.GEMMS[4][3], False)),
+    Mutant("norm's weight left out", "norm.py", "scaled = x * tl.load", "scaled = x + 0 * tl.load",
+           _residual),
+    Mutant("eps left out", "norm.py", "total / H + EPS", "total / H",
+           lambda: kernels.test_a_norm_of_next_to_nothing()),
+    Mutant("gate and up swapped", "mlp.py", "g / (1.0 + tl.exp(-g)) * u",
+           "u / (1.0 + tl.exp(-u)) * g", _gate_up),
+    Mutant("up's bias of gate", "mlp.py", "bias + gate + 64", "bias + gate", _gate_up),
+    Mutant("rope turned back", "attention.py", "a * c - b * s, b * c + a * s",
+           "a * c + b * s, b * c - a * s", _qkv),
+    Mutant("k's norm is q's", "attention.py", "q_norm if part < GROUP else k_norm", "q_norm", _qkv),
+    Mutant("second half's bias", "attention.py", "tl.load(bias + n + D // 2)", "tl.load(bias + n)",
+           _bias_of_qkv),
+    Mutant("v stored as k", "attention.py", "k_base if part == GROUP else v_base", "k_base",
+           _qkv),
+    Mutant("sees the next token", "attention.py", "<= position[:, None]",
+           "<= position[:, None] + 1", _prompts),
+    Mutant("window too long", "attention.py", "position[:, None] - WINDOW",
+           "position[:, None] - WINDOW - 1", _prompts),
+    Mutant("last range left out", "attention.py", "for i in range(count):",
+           "for i in range(count - 1):", _decode),
+    Mutant("maximum not carried", "attention.py", "acc = acc * old_share[:, None] +",
+           "acc = acc +", _decode),
+    Mutant("greedy rows are drawn", "sample.py", "tl.where(warm, noisy, logit)", "noisy", _head),
+    Mutant("mass not rescaled", "sample.py", "mass * tl.exp(top - highest)", "mass", _head),
+    Mutant("padding may win", "sample.py", "real = (n < V)[None, :]",
+           "real = (n < VP)[None, :]", _head),
+    Mutant("noise of the neighbour", "sample.py", "gumbel(seed, draw, n)",
+           "gumbel(seed, draw, n + 1)", _head),
+    Mutant("drawn token ignored", "norm.py", "tl.load(drawn + tl.load(slots + row))",
+           "tl.load(drawn)", _embed),
+    Mutant("nibble cut", "codes.py", "code = code & 15", "code = code & 7", _codes("w4g32")),
+    Mutant("scale of the neighbour group", "codes.py", "tl.load(at + 64).to", "tl.load(at).to",
+           _codes("w4g32")),
+    Mutant("offset of the neighbour group", "codes.py", "tl.load(at + 64)[None", "tl.load(at)[None",
+           _codes("w4g32z")),
+    Mutant("group of 64 for 128", "codes.py", "start // W_GROUP * 64\n        acc += tl.dot",
+           "start // 64 * 64\n        acc += tl.dot", _codes("w8g128")),
+    Mutant("half of the sums", "codes.py", "total += sum0 + sum1", "total += sum0", _codes("w4z")),
+    Mutant("halves of k swapped", "codes.py", "a_at + start + 32, mask", "a_at + start, mask",
+           _codes("w4g64")),
+    Mutant("row's nibbles swapped", "codes.py", "n % 64 // 32 * 4", "4 - n % 64 // 32 * 4",
+           _embed_codes),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
+def test_every_mutant_is_noticed(
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mutant.check()  # the kernel as it is
+    package = "mutants_of_" + mutant.file.removesuffix(".py") + str(abs(hash(mutant.name)))
+    folder = tmp_path / package
+    folder.mkdir()
+    for path in KERNELS.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name == mutant.file:
+            assert text.count(mutant.old) >= 1, "the edit fits nowhere"
+            text = text.replace(mutant.old, mutant.new)
+        (folder / path.name).write_text(text.replace(PACKAGE, package), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def load(name: str) -> object:
+        return importlib.import_module(name.replace(PACKAGE, package))
+
+    monkeypatch.setattr(interpreter, "import_module", load)
+    try:
+        with pytest.raises((AssertionError, IndexError)):
+            mutant.check()
+    finally:
+        for name in [n for n in sys.modules if n.startswith(package)]:
+            del sys.modules[name]
