@@ -37,8 +37,34 @@ def test_qwq_32b(capsys: pytest.CaptureFixture[str]) -> None:
         low, typical, high = first["expected_s"]
         assert first["roof_s"] < low < typical < high
         assert first["error"] is None
+        assert facts["launches"] == 5 * 64 + 3
+        gaps = [s - first["roof_s"] for s in first["with_launches_s"]]
+        assert gaps == pytest.approx([323 * 1.3e-6, 323 * 2.1e-6])
         found = {p["system"]: p["share"] for p in facts["published"] if p["batch_size"] == 1}
         assert found == pytest.approx(shares, abs=0.005)
+
+
+def test_weights_in_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    """4.5 bits of each weight of a layer, 8 of the head's: 18.3 GB; nothing published beside it."""
+    words = ["qwq-32b", "--device", "mi300x", "--batch", "1", "--context", "2"]
+    facts = predicted(capsys, *words, "--quantization", "int4")
+    layers, head = 64 * (7168 + 5120 + 3 * 27648) * 5120, 152064 * 5120
+    gbytes = (layers * 4.5 / 8 + head) / 1e9
+    assert facts["predictions"][0]["gbytes"] == pytest.approx(gbytes, rel=0.002)
+    assert (facts["quantization"], facts["launches"], facts["published"]) == (
+        "int4 w4g32", 323, [],
+    )  # fmt: skip
+    assert cli.main(["bench", "predict", *words, "--quantization", "int4"]) == 0
+    told = capsys.readouterr().out
+    assert "which are of bf16" in told and "our table has 323" in told
+    assert cli.main(["bench", "predict", "qwq-32b", "--quantization", "int4"]) == 2
+    assert "--quantization goes with --device" in capsys.readouterr().err
+
+
+def test_a_shape_without_gpu_kernels_has_no_launches(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = predicted(capsys, "qwq-32b", "--device", "h200", "--dtype", "fp32", "--batch", "1")
+    assert facts["launches"] is None
+    assert facts["predictions"][0]["with_launches_s"] is None
 
 
 def test_this_machine_is_checked(

@@ -24,6 +24,7 @@ class Device:
     bytes_per_s: float
     flops_per_s: Mapping[str, float]  #: by dtype of the operands
     source: str
+    target: str  #: what ``--target`` calls it
 
     def peaks(self, dtype: str) -> Peaks:
         """Raises UsageError for a dtype without a figure."""
@@ -36,11 +37,11 @@ class Device:
 DEVICES_BY_NAME = {
     "mi300x": Device(
         "mi300x", 5.3e12, {"bf16": 1307.4e12, "fp32": 163.4e12, "int8": 2614.9e12},
-        "AMD Instinct MI300X data sheet: 5.3 TB/s, matrix peaks",
+        "AMD Instinct MI300X data sheet: 5.3 TB/s, matrix peaks", "gfx942",
     ),
     "h200": Device(
         "h200", 4.8e12, {"bf16": 989.5e12, "fp32": 66.9e12, "int8": 1979e12},
-        "NVIDIA H200 SXM data sheet: 4.8 TB/s, tensor-core peaks without sparsity",
+        "NVIDIA H200 SXM data sheet: 4.8 TB/s, tensor-core peaks without sparsity", "sm_90",
     ),
 }  # fmt: skip
 
@@ -60,6 +61,17 @@ SHARES = {
     "cpu": Shares(0.60, 0.80, 0.95, "decode and prefill of docs/benchmarks.md"),
     "gpu": Shares(0.579, 0.628, 0.662, "published figures of QwQ-32B at batch size 1"),
 }
+
+
+#: Seconds from one kernel to the next: within a CUDA graph, and on a stream.
+LAUNCH_GAPS = (1.3e-6, 2.1e-6)
+LAUNCH_GAPS_SOURCE = "HazyResearch, on an H100: within a CUDA graph, and on a stream"
+
+
+def with_launches(roof_s: float, launches: int) -> tuple[float, float]:
+    """Seconds of a step at its roof with the gaps between its launches, least and most."""
+    least, most = LAUNCH_GAPS
+    return roof_s + launches * least, roof_s + launches * most
 
 
 @dataclass(frozen=True)

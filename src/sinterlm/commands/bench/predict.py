@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--device", choices=("mi300x", "h200", "this"), default="this")
     parser.add_argument("--dtype", type=parse_dtype, default="bf16", metavar="{bf16,fp32}")
+    parser.add_argument("--quantization", choices=("int8", "int4"),
+                        help="weights in codes, on a device that is not this one")  # fmt: skip
     parser.add_argument("--batch", type=parse_batch_sizes, metavar="LIST",
                         default=(1, 2, 4, 8, 16, 32, 64, 128), help="default: 1,2,4..")  # fmt: skip
     parser.add_argument("--context", type=parse_count, default=160, metavar="N",
@@ -39,11 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, measure where the device is this one, and print. Raises as compiling does."""
-    from sinterlm.bench.predict import DEVICES_BY_NAME, SHARES, predict, published_shares
+    from sinterlm.bench.predict import (
+        DEVICES_BY_NAME,
+        SHARES,
+        predict,
+        published_shares,
+        with_launches,
+    )
     from sinterlm.bench.published import MODEL, SOURCE, TITLES
     from sinterlm.commands.inspect import look
 
     options = with_dummy_weights(CompileOptions(args.model, dtype=args.dtype))
+    launches: int | None = None
+    if args.device != "this":
+        options = replace(options, quantization=args.quantization)
+        options, launches = _launches(options, DEVICES_BY_NAME[args.device].target)
+    elif args.quantization is not None:
+        raise UsageError("--quantization goes with --device mi300x or h200")
     subject = look(options)
     measured: dict[int, float] = {}
     if args.device == "this":
@@ -53,22 +67,32 @@ def run(args: argparse.Namespace) -> int:
         device = DEVICES_BY_NAME[args.device]
         peaks, source, shares = device.peaks(subject.dtype), device.source, SHARES["gpu"]
     found = predict(subject.ops, subject.windows, peaks, shares, args.batch, args.context, measured)
-    others = published_shares(args.device, found) if args.model == MODEL else []
+    is_published = args.model == MODEL and args.quantization is None
+    others = published_shares(args.device, found) if is_published else []
     if args.json:
         print(json.dumps({
             "kind": "prediction", "model": args.model, "device": args.device,
-            "dtype": subject.dtype, "peaks": asdict(peaks), "peaks_source": source,
+            "dtype": subject.dtype, "quantization": subject.quantization, "launches": launches,
+            "peaks": asdict(peaks), "peaks_source": source,
             "shares": asdict(shares),
-            "predictions": [{**asdict(p), "error": p.error} for p in found],
+            "predictions": [
+                {**asdict(p), "error": p.error,
+                 "with_launches_s": launches and with_launches(p.roof_s, launches)}
+                for p in found
+            ],
             "published": [{**asdict(p), "share": p.share} for p in others],
         }))  # fmt: skip
         return 0
     title = (
-        f"PREDICTION of a decode step: {args.model}, {subject.dtype}, {args.device} "
+        f"PREDICTION of a decode step: {args.model}, {subject.quantization or subject.dtype}, "
+        f"{args.device} "
         f"({peaks.bytes_per_s / 1e9:.4g} GB/s, {peaks.flops_per_s / 1e12:.4g} TFLOP/s: {source})"
     )
     _show(title, found)
-    print(f"expected: the roof divided by {shares.least:.0%} to {shares.most:.0%} ({shares.why})")
+    why = shares.why if args.quantization is None else f"{shares.why}, which are of bf16"
+    print(f"expected: the roof divided by {shares.least:.0%} to {shares.most:.0%} ({why})")
+    if launches is not None:
+        _show_launches(launches, found[0])
     if others:
         rows = [(TITLES[p.system], p.batch_size, f"{p.output_tokens_per_s:.1f}",
                  f"{p.roof_tokens_per_s:.0f}", f"{p.share:.1%}") for p in others]  # fmt: skip
@@ -93,6 +117,39 @@ def _show(title: str, found: list[Prediction]) -> None:
     columns = ("batch size", "roof ms", "roof tok/s", "bound", "expected ms", "interval ms",
                "measured ms", "error")  # fmt: skip
     print_table(title, columns, rows, (0, 1, 2, 4, 5, 6, 7))
+
+
+def _launches(options: CompileOptions, target: str) -> tuple[CompileOptions, int | None]:
+    """The options for ``target`` and the launches of a step there, None for a shape without GPU
+    kernels; unchanged, and None, for a dtype without, and for a bundle, which has its target."""
+    from sinterlm.artifact.bundle import is_bundle
+    from sinterlm.backends.gpu.devices import DEVICES
+    from sinterlm.backends.gpu.launch import launch_table
+    from sinterlm.commands.inspect import look
+    from sinterlm.errors import UnsupportedModelError
+
+    if options.dtype == "fp32" or is_bundle(options.model):
+        return options, None
+    there = replace(options, target=target)
+    plan = look(there).plan
+    assert plan is not None, "what is no bundle has a plan"
+    try:
+        return there, len(launch_table(plan, DEVICES[target]).launches)
+    except UnsupportedModelError:
+        return there, None
+
+
+def _show_launches(launches: int, first: Prediction) -> None:
+    from sinterlm.bench.predict import LAUNCH_GAPS, LAUNCH_GAPS_SOURCE, with_launches
+
+    least, most = with_launches(first.roof_s, launches)
+    size = first.batch_size
+    print(
+        f"launches: our table has {launches}; at {LAUNCH_GAPS[0] * 1e6:.1f} to "
+        f"{LAUNCH_GAPS[1] * 1e6:.1f} µs from one to the next ({LAUNCH_GAPS_SOURCE}) the roof at "
+        f"batch size {size} is {size / most:.1f} to {size / least:.1f} tok/s. No device has "
+        "confirmed any of this"
+    )
 
 
 def _measure(args: argparse.Namespace, options: CompileOptions) -> tuple[Peaks, dict[int, float]]:
