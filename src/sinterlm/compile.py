@@ -165,11 +165,12 @@ def read(job: Job) -> Checkpoint:
 
     Code alone needs no weights, so there they are made up, and a config is enough.
     """
+    from sinterlm.frontend.parts import Part, part_of
     from sinterlm.frontend.source import resolve_model
 
     options = job.options
     job.progress.stage("read checkpoint")
-    return resolve_model(
+    whole = resolve_model(
         options.model,
         options.revision,
         load_format="dummy" if options.code_only else options.load_format,
@@ -178,6 +179,7 @@ def read(job: Job) -> Checkpoint:
         max_model_len=options.max_model_len,
         progress=job.progress,
     )
+    return part_of(whole, Part(options.tensor_parallel_rank, options.tensor_parallel_size))
 
 
 def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
@@ -190,7 +192,7 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     job.progress.stage("build graph")
     model_len(job.options, checkpoint.config)
     in_codes = job.options.kv_cache_dtype == "int8"
-    graph = build_graph(checkpoint.config, job.dtype, kv_in_codes=in_codes)
+    graph = build_graph(checkpoint.config, job.dtype, in_codes, job.options.tensor_parallel_size)
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
     scheme = scheme_of(job.options, job.backend.act_dtype)
@@ -291,17 +293,18 @@ def pack_weights(job: Job, checkpoint: Checkpoint, plan: Plan) -> Iterator[Weigh
 
 
 def checkpoint_digest(job: Job, checkpoint: Checkpoint) -> str:
-    """``checkpoint.digest()``, remembered for as long as its files have the same stamps."""
+    """``checkpoint.digest()``, remembered for as long as its files have the same stamps; ranks
+    share what is remembered."""
     if not checkpoint.files:
         return checkpoint.digest(job.progress)
     stamps = sorted(FileStamp.of(path).as_list() for path in checkpoint.files)
     key = digest_json([checkpoint.path and str(checkpoint.path), stamps, warm.package_stamp()])
     fact = job.cache.memo.recall("digests", key)
     if fact is not None and isinstance(fact.get("digest"), str):
-        return str(fact["digest"])
-    digest = checkpoint.digest(job.progress)
+        return checkpoint.digest_from(str(fact["digest"]))
+    digest = checkpoint.whole.digest(job.progress)
     job.cache.memo.remember("digests", key, {"digest": digest})
-    return digest
+    return checkpoint.digest_from(digest)
 
 
 def write_bundle(

@@ -56,6 +56,10 @@ class CompileOptions:
     dump_dir: Path | None = None  #: write the graph after each pass and the generated source here
     code_only: bool = False  #: no weights: a library and its manifest, from a config alone
     bundle_sha256: str | None = None  #: refuse any bundle whose manifest has another digest
+    #: Ranks that share heads and intermediate columns out, and which of them the bundle is for; a
+    #: host that sums over the ranks, such as vLLM, runs it.
+    tensor_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,13 @@ class FakeCheckpoint:
     def origin(self, name: str, form: GemmFormat) -> str:
         return ""
 
+    @property
+    def whole(self) -> FakeCheckpoint:
+        return self
+
+    def digest_from(self, whole_digest: str) -> str:
+        return whole_digest
+
     def digest(self, progress: Progress | None = None) -> str:
         self.digests += 1
         return hashlib.sha256(self.files[0].read_bytes()).hexdigest()

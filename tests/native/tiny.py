@@ -107,6 +107,14 @@ def build_tiny(
     dtype, scheme = QUANTISED.get(weights_dtype, (weights_dtype, None))
     graph = replace(plain_graph(CONFIGS[name], dtype), kv_in_codes=in_codes)
     weights = random_weights(graph, seed=len(name))
+    return compile_tiny(graph, scheme, weights, isa, folder, build, flags)
+
+
+def compile_tiny(
+    graph: Graph, scheme: Scheme | None, weights: dict[str, np.ndarray], isa: IsaName, folder: Path,
+    build: BuildLibrary, flags: Sequence[str] = (),
+) -> Tiny:  # fmt: skip
+    """The model of ``graph`` in ``folder``."""
     made = plan(graph, scheme=scheme)
     shutil.copy(build(emit(made, isa), isa, flags), folder / "model.so")
     write_weights(made, weights, folder / "weights.bin")

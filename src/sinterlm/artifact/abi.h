@@ -22,13 +22,21 @@ typedef enum sl_status {
   SL_MISMATCH = 2,  /* ABI, layout or ISA of library, weights and machine do not agree */
   SL_NO_MEMORY = 3, /* an allocation failed; the message gives the size */
   SL_IO = 4,        /* weights could not be read */
-  SL_INTERNAL = 5   /* our own bug */
+  SL_INTERNAL = 5,  /* our own bug */
+  SL_REDUCE = 6     /* sl_reduce failed; the message has what it returned */
 } sl_status;
 
 typedef struct sl_model sl_model; /* opaque */
 
 /* How weights get into memory. */
 #define SL_OPEN_HUGE_PAGES 1u /* copy into an anonymous huge-page arena; else mmap the file */
+
+/* Tensor parallelism: every rank runs the same steps, and twice a layer a step needs a sum over
+ * them. Called by the thread that called sl_step, on its CPU, while the other workers wait: replace
+ * data[count] on every rank by the sum of all ranks' data, the same bits on each, and return 0. Any
+ * other value ends the step with SL_REDUCE; the cache then holds nothing of use for the step's
+ * tokens, and no further sum is asked for. */
+typedef int32_t (*sl_reduce)(void* context, float* data, int64_t count);
 
 typedef struct sl_open_args {
   uint32_t size;
@@ -53,6 +61,9 @@ typedef struct sl_open_args {
   int32_t num_windows;    /* must equal num_layers */
   const int32_t* windows; /* [num_windows] sliding window per layer in tokens, 0 = full */
   int32_t num_slots;      /* slots that remember a sequence's last sampled token; may be 0 */
+  int32_t rank;           /* of the num_ranks of sl_describe; the weights are this rank's */
+  sl_reduce reduce;       /* NULL where num_ranks is 1 */
+  void* reduce_context;   /* handed to reduce */
 } sl_open_args;
 
 /* KV cache of the library's own. Page p of layer l, KV head h starts at
@@ -153,9 +164,10 @@ typedef struct sl_head_args {
 
 SL_API uint32_t sl_abi_version(void);
 SL_API const char* sl_last_error(void);
-/* JSON: abi_version, isa, dtype, kv_cache_dtype, shape, layout_hash, weights_bytes, probe_bytes
- * (the buffer sl_probe takes), and per fused op {name, calls, ns}. Writes at most cap bytes with
- * the final 0 and returns the length needed. model may be NULL (no counters). */
+/* JSON: abi_version, isa, dtype, kv_cache_dtype, num_ranks, shape (of one rank), layout_hash,
+ * weights_bytes, probe_bytes (the buffer sl_probe takes), and per fused op {name, calls, ns}.
+ * Writes at most cap bytes with the final 0 and returns the length needed. model may be NULL (no
+ * counters). */
 SL_API int64_t sl_describe(const sl_model* model, char* buf, int64_t cap);
 SL_API sl_status sl_open(const sl_open_args* args, sl_model** out);
 SL_API void sl_close(sl_model* model);

@@ -143,6 +143,7 @@ def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
         "code_only": options.code_only,
         "quant_group": options.quant_group is not None,
         "act_dtype": options.act_dtype is not None,
+        "tensor_parallel_size": options.tensor_parallel_size != 1,
     }
     for name in (name for name, is_given in given.items() if is_given):
         raise UsageError(f"{name} has a meaning for checkpoints only, and the model is a bundle")

@@ -29,4 +29,9 @@ def find_backend(options: CompileOptions) -> Backend:
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise UsageError(f"{name} is not supported with --target {options.target}: only bf16 is")
+    if options.tensor_parallel_size > 1:
+        raise UsageError(
+            f"tensor_parallel_size={options.tensor_parallel_size} is not supported with --target "
+            f"{options.target}: give 1, or --target cpu"
+        )
     return GpuBackend(DEVICES[options.target])

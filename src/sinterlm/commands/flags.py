@@ -173,7 +173,8 @@ def add_option_flags(
     The flag of a field that holds several texts may be given several times, one text each.
     """
     group = parser.add_argument_group(title)
-    seen = {"model"}
+    # The host of several ranks compiles each one's part; no command of ours is such a host.
+    seen = {"model", "tensor_parallel_size", "tensor_parallel_rank"}
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in fields(cls):

@@ -124,6 +124,15 @@ class Checkpoint(ABC):
                     progress.advance(len(piece))
         return sha.hexdigest()
 
+    @property
+    def whole(self) -> Checkpoint:
+        """What this is one rank's part of; itself where it is no part."""
+        return self
+
+    def digest_from(self, whole_digest: str) -> str:
+        """``digest``, where that of ``whole`` is known."""
+        return whole_digest
+
     def _digest_prefix(self) -> str:
         """Whatever else decides what ``read`` returns for the same stored bytes."""
         return "tensors"

@@ -31,14 +31,18 @@ EMBED = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 
-def build_graph(config: DecoderConfig, dtype: str, kv_in_codes: bool = False) -> Graph:
+def build_graph(
+    config: DecoderConfig, dtype: str, kv_in_codes: bool = False, num_ranks: int = 1
+) -> Graph:
     """Graph of plain ops for one step of T tokens and R sampled rows.
 
     ``dtype`` ("bf16" | "fp32") is that of GEMM operands and, unless ``kv_in_codes``, of KV; the
     residual stream, sums and logits are fp32. Inputs are the values ``tokens`` and ``positions``
-    [T] i32 and ``rows`` [R] i32; the output is ``ids`` [R] i32.
+    [T] i32 and ``rows`` [R] i32; the output is ``ids`` [R] i32. With ``num_ranks`` > 1 the config
+    is that of one rank (``parts``).
     """
-    return replace(_Builder(config, dtype).build(), kv_in_codes=kv_in_codes)
+    graph = _Builder(config, dtype).build()
+    return replace(graph, kv_in_codes=kv_in_codes, num_ranks=num_ranks)
 
 
 class _Builder:

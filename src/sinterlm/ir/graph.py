@@ -88,6 +88,9 @@ class Graph:
     #: ``passes.formats``. Weights that one GEMM reads together have one format.
     formats: dict[str, GemmFormat] = field(default_factory=dict)
     kv_in_codes: bool = False  #: KV is int8, one scale per token and KV head for K and one for V
+    #: Ranks that share the model out; config, shapes and weights are those of one of them, and the
+    #: projections back to the residual stream end in a sum over all.
+    num_ranks: int = 1
 
     @property
     def kv_dtype(self) -> str:

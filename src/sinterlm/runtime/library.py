@@ -17,7 +17,10 @@ from sinterlm.errors import BundleError, ResourceError, RuntimeFault, SinterErro
 OPEN_HUGE_PAGES = 1
 STEP_SAMPLE, STEP_LOGITS, STEP_HIDDEN = 1, 2, 4
 
-SL_OK, SL_INVALID, SL_MISMATCH, SL_NO_MEMORY, SL_IO, SL_INTERNAL = range(6)
+SL_OK, SL_INVALID, SL_MISMATCH, SL_NO_MEMORY, SL_IO, SL_INTERNAL, SL_REDUCE = range(7)
+
+#: ``sl_reduce``: context, data, count -> 0, or what went wrong.
+REDUCE = ctypes.CFUNCTYPE(c_int32, pointer, pointer, c_int64)
 
 
 class OpenArgs(ctypes.Structure):
@@ -46,6 +49,9 @@ class OpenArgs(ctypes.Structure):
         ("num_windows", c_int32),
         ("windows", pointer),
         ("num_slots", c_int32),
+        ("rank", c_int32),
+        ("reduce", REDUCE),
+        ("reduce_context", pointer),
     )
 
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.artifact.manifest import ABI_VERSION, Manifest
-from sinterlm.errors import BundleError, ResourceError, UsageError
+from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import Float32, RowSampling, StepBatch, StepResult
 from sinterlm.runtime.library import Library
 from sinterlm.runtime.machine import read_machine
+from sinterlm.runtime.ranks import RankLink
 
 #: Weights up to this share of memory are copied into huge pages; larger ones stay in the file's.
 _COPY_SHARE = 0.25
@@ -57,10 +58,12 @@ class Model:
         max_sample_rows: int,
         max_model_len: int,
         num_slots: int = 0,
+        link: RankLink | None = None,
     ) -> None:
         """Open ``bundle``; the ``max_*`` size the arrays of one step.
 
-        ``cpu_ids`` pins worker i to CPU cpu_ids[i]. Raises BundleError, ResourceError, UsageError.
+        ``cpu_ids`` pins worker i to CPU cpu_ids[i]. ``link`` leads to the other ranks where the
+        bundle is one rank's part. Raises BundleError, ResourceError, RuntimeFault, UsageError.
         """
         manifest = bundle.manifest
         if bundle.weights_path is None:
@@ -103,6 +106,9 @@ class Model:
             windows=windows.ctypes.data,
             num_slots=num_slots,
         )
+        self._link = link
+        if link is not None:
+            args.rank, args.reduce = link.rank, link.callback
         handle = ctypes.c_void_p()
         self._library.call("sl_open", ctypes.byref(args), ctypes.byref(handle))
         self._handle = handle.value
@@ -209,7 +215,7 @@ class Model:
             num_steps=num_steps,
             out_num_steps=ctypes.pointer(steps_run),
         )
-        self._library.call("sl_step", handle, ctypes.byref(args))
+        self._run(handle, args)
         return [
             StepResult(tokens[i], logprobs[i], ranks[i], top_ids[i], top_logprobs[i], logits)
             for i in range(steps_run.value)
@@ -228,7 +234,7 @@ class Model:
             out_hidden=_pointer(out, np.float32),
             num_steps=1,
         )
-        self._library.call("sl_step", self._open_handle(), ctypes.byref(args))
+        self._run(self._open_handle(), args)
 
     def head(self, hidden: Float32) -> Float32:
         """Logits [R, V] of final-normed hidden states [R, H] float32."""
@@ -277,6 +283,16 @@ class Model:
         return gflops.value, gbytes.value
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _run(self, handle: int, args: abi.StepArgs) -> None:
+        """``sl_step``; what the link to the other ranks raised is the cause of its failure."""
+        try:
+            self._library.call("sl_step", handle, ctypes.byref(args))
+        except RuntimeFault as fault:
+            if self._link is None or self._link.error is None:
+                raise
+            cause, self._link.error = self._link.error, None
+            raise fault from cause
 
     def _open_handle(self) -> int:
         if self._handle is None:

@@ -42,6 +42,9 @@ KERNELS = {
     "norm_lm_head_sample": ("lm_head", "LmHeadArgs<{F}>"),
 }
 
+#: The kernel where the op's sum is shared out among ranks, and what else it takes.
+KERNELS_OF_RANKS = dict.fromkeys(("o_residual", "down_residual"), ("reduced_residual", "s.ranks"))
+
 _STREAM = "s.stream<{Next}, Hp, pitch::xw>(buf::x, buf::xw, buf::ssq)"
 _XW = "s.rows_of<{F}, Hp, pitch::xw>(buf::xw)"
 _Y = "s.rows_of<{F}, Qp, pitch::y>(buf::y)"

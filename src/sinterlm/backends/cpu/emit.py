@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from sinterlm.backends.cpu.calls import (
     FIXED,
     KERNELS,
+    KERNELS_OF_RANKS,
     MEANING,
     WeightField,
     fault,
@@ -183,7 +184,7 @@ class _Emitter:
             f"      {memory.bytes_per_token}, {memory.bytes_per_row},",
             "      buf::x, buf::xw, buf::ssq, pitch::xw, "
             f"{self._tensor('final_norm').offset}, buf::logits, buf::gathered,",
-            f"      {len(self.kinds)}, kOpNames}};",
+            f"      {len(self.kinds)}, kOpNames{self._ranks()}}};",
         ]
 
     def forward(self) -> list[str]:
@@ -217,7 +218,10 @@ class _Emitter:
     def _call(self, op: Op, indent: str, in_layer: bool) -> list[str]:
         """Fill the op's argument struct, call its kernel, wait."""
         kernel, struct = KERNELS[op.kind]
-        c = self.config
+        arguments, c = "w, a", self.config
+        if self.plan.graph.num_ranks > 1 and op.kind in KERNELS_OF_RANKS:
+            kernel, more = KERNELS_OF_RANKS[op.kind]
+            arguments += f", {more}"
         meaning = MEANING[op.kind].format(
             H=c.hidden_size, Hq=c.num_heads, Hkv=c.num_kv_heads, D=c.head_dim,
             F=c.intermediate_size, V=c.vocab_size,
@@ -238,7 +242,7 @@ class _Emitter:
             f"{indent}{{  // {op.kind}: {meaning}",
             f"{indent}  {struct.format(**types)} a{{}};",
             *(f"{indent}  a.{name} = {value};" for name, value in fields),
-            f"{indent}  {kernel}(w, a);",
+            f"{indent}  {kernel}({arguments});",
             f"{indent}  s.done(w, {op_name(op.kind)});",
             f"{indent}}}",
         ]
@@ -298,6 +302,10 @@ class _Emitter:
                 sizes = (op.num_heads, op.num_kv_heads, op.head_dim)
             shape.append((op.kind, sizes, tuple(w.source is None for w in self._weights(op))))
         return shape
+
+    def _ranks(self) -> str:
+        """The last field of the spec, which may be left out."""
+        return f", {self.plan.graph.num_ranks}" if self.plan.graph.num_ranks > 1 else ""
 
     def _tied(self) -> bool:
         return "embed" not in self.tensors

@@ -21,7 +21,7 @@ inline std::string describe(const ModelSpec& s, const Model* m) {
   std::string out;
   append(out, "{\"abi_version\": %u, \"isa\": \"%s\", \"dtype\": \"%s\", ", SL_ABI_VERSION,
          SL_ISA_NAME, s.dtype);
-  append(out, "\"kv_cache_dtype\": \"%s\", ", s.kv_dtype);
+  append(out, "\"kv_cache_dtype\": \"%s\", \"num_ranks\": %d, ", s.kv_dtype, s.num_ranks);
   append(out, "\"layout_hash\": %llu, \"weights_bytes\": %lld, ", (unsigned long long)s.layout_hash,
          (long long)s.weights_bytes);
   append(out, "\"activation_bytes_per_token\": %lld, \"activation_bytes_per_row\": %lld, ",

@@ -37,6 +37,7 @@ struct Model {
   std::list<KvBlock> kv_blocks;
   std::vector<OpCounter> counters;  // [num_ops]
   Sampler sampler;
+  Ranks ranks;
 
   // The step's arrays, sized by max_*: a step allocates nothing.
   std::vector<int32_t> token_ids;     // [max_tokens] resolved
@@ -63,8 +64,9 @@ inline sl_status check_open(const ModelSpec& spec, const sl_open_args& a) {
   if (const char* missing = missing_feature())
     return fail(SL_MISMATCH, "the library is built for %s and this CPU lacks %s", SL_ISA_NAME,
                 missing);
-  return check_open_args(
-      {spec.layout_hash, spec.weights_bytes, spec.D, spec.num_layers, SL_OPEN_HUGE_PAGES}, a);
+  return check_open_args({spec.layout_hash, spec.weights_bytes, spec.D, spec.num_layers,
+                          SL_OPEN_HUGE_PAGES, spec.num_ranks},
+                         a);
 }
 
 // A file descriptor, closed at the end.
@@ -207,6 +209,7 @@ inline sl_status open_model(const ModelSpec& spec, const sl_open_args& a,
   auto m = std::make_unique<Model>();
   m->spec = &spec;
   m->args = a;
+  m->ranks = {a.rank, a.reduce, a.reduce_context};
   SL_TRY(make_pool(*m, a));
   SL_TRY(make_buffers(*m, a));
   SL_TRY(load_weights(*m, a));

@@ -11,7 +11,8 @@ struct Compiled {
   uint64_t layout_hash;
   int64_t weights_bytes;
   int D, num_layers;
-  uint32_t flags;  // SL_OPEN_* that it knows
+  uint32_t flags;     // SL_OPEN_* that it knows
+  int num_ranks = 1;  // that share the model out
 };
 
 inline sl_status check_abi(const sl_open_args& a) {
@@ -39,6 +40,7 @@ inline sl_status check_open_args(const Compiled& spec, const sl_open_args& a) {
       {"num_inv_freq", a.num_inv_freq, spec.D / 2, spec.D / 2},
       {"num_windows", a.num_windows, spec.num_layers, spec.num_layers},
       {"num_slots", a.num_slots, 0, 1 << 24},
+      {"rank", a.rank, 0, spec.num_ranks - 1},
   };
   for (const auto& r : ranges)
     if (r.value < r.low || r.value > r.high)
@@ -68,6 +70,13 @@ inline sl_status check_open_args(const Compiled& spec, const sl_open_args& a) {
     return fail(SL_INVALID, "give one of weights_path and weights_base");
   if (reinterpret_cast<uintptr_t>(a.weights_base) % 64 != 0)
     return fail(SL_INVALID, "weights_base is not aligned to 64 bytes");
+  if (spec.num_ranks > 1 && !a.reduce)
+    return fail(SL_INVALID,
+                "reduce is null and the model is one of %d ranks: only a host that sums over them "
+                "can run it",
+                spec.num_ranks);
+  if (spec.num_ranks == 1 && a.reduce)
+    return fail(SL_INVALID, "reduce is given and the model is whole: there is nothing to sum");
   return SL_OK;
 }
 

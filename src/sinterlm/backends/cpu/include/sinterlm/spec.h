@@ -1,6 +1,7 @@
 // What an emitted translation unit says about its model, and what its forward pass is handed.
 #pragma once
 #include "sinterlm/args.h"
+#include "sinterlm/ranks.h"
 #include "sinterlm/threads.h"
 
 namespace sl {
@@ -21,6 +22,7 @@ struct ModelSpec {
   int64_t logits, gathered;                // buffers per sampled row
   int num_ops;
   const char* const* op_names;  // [num_ops] fused ops, in order of first use
+  int num_ranks = 1;            // that share the model out; shapes are those of one
 };
 
 struct OpCounter {
@@ -50,6 +52,7 @@ struct Run {
   float head_eps;       // eps, or 0 where rows come in normalised
   OpCounter* counters;  // [num_ops]
   int64_t* clock;       // when the op that runs now began
+  Ranks* ranks;         // where the model is one rank's part
 
   template <class T>
   const T* weight(int64_t offset) const {

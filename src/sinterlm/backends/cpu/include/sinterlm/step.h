@@ -45,6 +45,7 @@ Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
   run.parts_floats = m.parts_floats;
   run.counters = m.counters.data();
   run.clock = clock;
+  run.ranks = &m.ranks;
   return run;
 }
 
@@ -97,6 +98,7 @@ inline bool is_stop(const sl_sampling& s, int32_t token) {
 // Between two steps of a call, by one worker: whether there is another, and if so, every sequence
 // moved on to the token it drew in step number `step`. Row s is sequence s (check_repeat).
 inline bool advance(Model& m, const sl_step_args& a, int step) {
+  if (m.ranks.status != 0) return false;
   if (m.sampler.first_not_finite() >= 0 || m.sampler.first_without_token() >= 0) return false;
   const int32_t* drawn = a.out_tokens + int64_t(step) * a.num_sample_rows;
   for (int r = 0; r < a.num_sample_rows; ++r)
@@ -152,6 +154,7 @@ sl_status step(Model& m, const sl_step_args& a) {
     m.sampler.begin(sample_job(m, a, 0));
     run.sampler = &m.sampler;
   }
+  m.ranks.status = 0;
   int steps = 1;      // begun; written by worker 0 between barriers, as is `more`
   bool more = false;  // whether another step follows
   const bool ran = m.pool->run([&](Worker& w) {
@@ -174,6 +177,9 @@ sl_status step(Model& m, const sl_step_args& a) {
   });
   if (!ran) return forked();
   m.counters[spec.num_ops - 1].ns += now_ns() - clock;  // copies and sampling end the last op
+  if (m.ranks.status != 0)
+    return fail(SL_REDUCE, "the sum over %d ranks failed on rank %d: reduce returned %d",
+                spec.num_ranks, m.ranks.rank, m.ranks.status);
   if (a.out_num_steps) *a.out_num_steps = steps;
   return sample ? finish_sampling(m, a, steps) : SL_OK;
 }
