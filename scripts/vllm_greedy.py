@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--kv-bytes", type=int, default=1 << 30)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--distributed-executor-backend", choices=("mp", "ray"))
     args = parser.parse_args()
     prompts = json.load(sys.stdin)
     if not isinstance(prompts[0], str):
@@ -39,6 +41,8 @@ def answers(model: str, prompts: list[Any], args: argparse.Namespace) -> dict[st
     llm = LLM(
         model, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=16,
         kv_cache_memory_bytes=args.kv_bytes, enforce_eager=True,
+        tensor_parallel_size=args.tensor_parallel_size,
+        distributed_executor_backend=args.distributed_executor_backend,
         skip_tokenizer_init=not isinstance(prompts[0], str),
     )  # fmt: skip
     params = SamplingParams(

@@ -46,6 +46,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """A vLLM with just what is needed, and our classes."""
     contents = {
         "vllm.logger": {"init_logger": print},
+        "vllm.distributed.parallel_state": {"get_tp_group": print},
         "vllm.forward_context": {"get_forward_context": print, "ForwardContext": Context},
         "vllm.model_executor.layers.attention": {"Attention": Attention},
         "vllm.v1.attention.backends.cpu_attn": {"CPUAttentionMetadata": Metadata},

@@ -37,10 +37,18 @@ def config(**changes: Any) -> SimpleNamespace:
 def test_a_plain_model_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SINTERLM_QUANTIZATION", "int8")
     assert refusal(config()) is None
-    options = compile_options(config(load__load_format="dummy"))
+    options = compile_options(config(load__load_format="dummy"), 0)
     assert (options.model, options.dtype, options.max_model_len) == ("org/m", "bf16", 512)
     assert (options.quantization, options.load_format) == ("int8", "dummy")
+    assert (options.tensor_parallel_size, options.tensor_parallel_rank) == (1, 0)
     assert refusal(config(speculative_config=SimpleNamespace(method="ngram"))) is None
+
+
+def test_a_rank_compiles_its_part() -> None:
+    ranks = config(parallel__tensor_parallel_size=4)
+    assert refusal(ranks) is None
+    options = compile_options(ranks, 3)
+    assert (options.tensor_parallel_size, options.tensor_parallel_rank) == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,8 @@ def test_a_plain_model_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model__enable_prompt_embeds": True}, "embeddings"),
         ({"lora_config": object()}, "LoRA"),
         ({"parallel__pipeline_parallel_size": 2}, "pipeline"),
-        ({"parallel__tensor_parallel_size": 2}, "tensor"),
+        ({"parallel__decode_context_parallel_size": 2}, "decode_context_parallel_size 2"),
+        ({"parallel__enable_batch_sharded_sampling": True}, "batch-sharded"),
         ({"cache__cache_dtype": "fp8"}, "fp8"),
         ({"model__dtype": "torch.float32", "cache__cache_dtype": "bfloat16"}, "bfloat16 beside"),
         ({"kv_transfer_config": object()}, "KV transfer"),

@@ -27,6 +27,7 @@ _MODELS = "vllm.model_executor.models"
 _NEEDED = {
     "vllm.logger": ("init_logger",),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.attn_metadata"),
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.model_executor.layers.attention": (
         "Attention(num_heads head_size scale num_kv_heads cache_config prefix)",
     ),

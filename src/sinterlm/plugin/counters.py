@@ -44,9 +44,9 @@ class Counters:
         return dict(zip(NAMES, self._values.tolist(), strict=True))
 
 
-def open_counters() -> Counters:
-    """The counters of this vLLM."""
-    return Counters(os.environ.get(_FILE))
+def open_counters(*, is_writer: bool = True) -> Counters:
+    """The counters of this vLLM; of this process alone where another one writes."""
+    return Counters(os.environ.get(_FILE) if is_writer else None)
 
 
 def share_counters() -> None:

@@ -24,6 +24,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from sinterlm.compile import compile_model
 from sinterlm.errors import SinterError, UsageError
 from sinterlm.plugin.native import NativeModel
+from sinterlm.plugin.ranks import agree, open_link, tensor_parallel_rank
 from sinterlm.plugin.support import compile_options, refusal
 from sinterlm.plugin.switch import bound_cpus, read_switch
 
@@ -85,13 +86,13 @@ class SinterModel(Stock):
         return self._native.hidden(input_ids, positions, first, pages)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits [R, V] of the rows that are sampled."""
+        """Logits [R, V] of the rows that are sampled, on every rank."""
         if self._native is None:
             return super().compute_logits(hidden_states)
         return self._native.logits(hidden_states)
 
     def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same: there is one rank."""
+        """The same: the head is whole on every rank."""
         if self._native is None:
             return super().compute_logits_local(hidden_states)
         return self._native.logits(hidden_states)
@@ -112,18 +113,24 @@ class SinterModel(Stock):
 
 def _open(vllm_config: Any) -> tuple[NativeModel | None, str]:
     """Our model, or why it is not ours to run."""
-    reason = refusal(vllm_config)
+    native, reason, rank = None, refusal(vllm_config), tensor_parallel_rank()
+    cpus = bound_cpus(os.environ) or tuple(sorted(os.sched_getaffinity(0)))
+    if reason is None:
+        try:
+            bundle = compile_model(compile_options(vllm_config, rank))
+            native = NativeModel(bundle, vllm_config, cpus, open_link())
+        except SinterError as exc:
+            reason = str(exc)
+    reason = agree(reason)
     if reason is not None:
+        if native is not None:
+            native.close()
         return None, reason
-    try:
-        bundle = compile_model(compile_options(vllm_config))
-        cpus = bound_cpus(os.environ) or tuple(sorted(os.sched_getaffinity(0)))
-        native = NativeModel(bundle, vllm_config, cpus)
-    except SinterError as exc:
-        return None, str(exc)
+    assert native is not None
     logger.info(
-        "SinterLM runs this model: %s, %s, CPUs %s",
-        bundle.manifest.dtype, bundle.manifest.isa, ",".join(map(str, cpus)),
+        "SinterLM runs this model: %s, %s, rank %d of %d, CPUs %s",
+        native.dtype, native.isa, rank, vllm_config.parallel_config.tensor_parallel_size,
+        ",".join(map(str, cpus)),
     )  # fmt: skip
     return native, ""
 

@@ -18,6 +18,7 @@ from sinterlm.artifact.manifest import kv_head_bytes
 from sinterlm.plugin.counters import open_counters
 from sinterlm.runtime.batch import Int32, StepBatch
 from sinterlm.runtime.model import KvMemory, Model
+from sinterlm.runtime.ranks import RankLink
 
 _NO_ROWS: Int32 = np.empty(0, np.int32)
 
@@ -25,11 +26,14 @@ _NO_ROWS: Int32 = np.empty(0, np.int32)
 class NativeModel:
     """A bundle opened in this process."""
 
-    def __init__(self, bundle: Bundle, config: Any, cpu_ids: tuple[int, ...]) -> None:
-        """Open for the sizes of ``config``, a VllmConfig; worker i runs on ``cpu_ids[i]``."""
+    def __init__(
+        self, bundle: Bundle, config: Any, cpu_ids: tuple[int, ...], link: RankLink | None = None
+    ) -> None:
+        """Open for the sizes of ``config``, a VllmConfig; worker i runs on ``cpu_ids[i]``, ``link``
+        leads to the other ranks of a bundle that is a part."""
         scheduler = config.scheduler_config
         self.shape = bundle.manifest.shape
-        self.dtype = bundle.manifest.dtype
+        self.dtype, self.isa = bundle.manifest.dtype, bundle.manifest.isa
         self._model = Model(
             bundle,
             num_threads=len(cpu_ids),
@@ -38,9 +42,15 @@ class NativeModel:
             max_seqs=scheduler.max_num_seqs,
             max_sample_rows=scheduler.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
+            link=link,
         )
+        # All ranks take the same steps; the counters are one writer's.
+        self._counters = open_counters(is_writer=link is None or link.rank == 0)
         self._bound: int | None = None  # address of the first layer's pages
-        self._counters = open_counters()
+
+    def close(self) -> None:
+        """Stop the workers and give all memory back."""
+        self._model.close()
 
     @property
     def attention_scale(self) -> float:

@@ -38,8 +38,11 @@ def _reasons(config: Any) -> Iterator[str]:
         yield "LoRA is not supported"
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism is not supported"
-    if parallel.tensor_parallel_size > 1:
-        yield "tensor parallelism is not supported yet"
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            yield f"{name} {getattr(parallel, name)} is not supported: ranks share heads out"
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        yield "batch-sharded sampling is not supported: every rank has all logits"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"a KV cache of {cache.cache_dtype} beside {model.dtype} is not supported"
     if config.kv_transfer_config is not None:
@@ -49,8 +52,9 @@ def _reasons(config: Any) -> Iterator[str]:
         yield f"speculation by {speculation.method} is not supported (ngram is)"
 
 
-def compile_options(config: Any) -> CompileOptions:
-    """What to compile for ``config``, which ``refusal`` let pass. Raises UsageError."""
+def compile_options(config: Any, rank: int) -> CompileOptions:
+    """What to compile for tensor-parallel rank ``rank`` of ``config``, which ``refusal`` let pass.
+    Raises UsageError."""
     model = config.model_config
     is_dummy = config.load_config.load_format == "dummy"
     return CompileOptions(
@@ -60,4 +64,6 @@ def compile_options(config: Any) -> CompileOptions:
         load_format="dummy" if is_dummy else "auto",
         max_model_len=model.max_model_len,
         revision=model.revision,
+        tensor_parallel_size=config.parallel_config.tensor_parallel_size,
+        tensor_parallel_rank=rank,
     )
