@@ -71,17 +71,19 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
         3, 320, 64, Tile(BN=16, SPLIT=4), True)),
     "residual, rows over two tiles, swizzled": ("residual_matmul", lambda: (
         test_kernels.test_residual(17, 128, 128, Tile(BK=128, NUM_XCD=8), False))),
+    "residual of 4-bit codes": ("residual_matmul", lambda: test_kernels.test_residual_of_codes(
+        test_kernels.FORMS["w4g32"], 3, 320, 64, Tile(BN=16, SPLIT=4))),
     "gate_up": ("norm_gate_up_act", lambda: test_kernels.test_gate_up(
-        5, 192, 100, Tile(BN=64, SPLIT=3), True)),
+        5, 192, 100, Tile(BN=64, SPLIT=3), None, True)),
     "qkv, norms of heads": ("norm_qkv_rope_kv", lambda: test_kernels.test_qkv(
-        4, 1, 64, True, 32, Tile(BN=32, SPLIT=2))),
+        4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), None)),
     "qkv, biases": ("norm_qkv_rope_kv", lambda: test_kernels.test_qkv(
-        7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2))),
+        7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2), None)),
     "attention of a prompt, window": ("attention", lambda: test_kernels.test_attention_of_prompts(
         (4, 1, 64, 128, [9, 2], [150, 2], 100, 32, 32))),
     "attention of decoding rows": ("attention", lambda: (
         test_kernels.test_attention_of_decoding_rows(5, 4, 0))),
-    "head, draw and merge": ("lm_head", lambda: test_kernels.test_head_and_draw(Tile(BN=64))),
+    "head, draw and merge": ("lm_head", lambda: test_kernels.test_head_and_draw(Tile(BN=64), None)),
     "embedding": ("embed_norm", lambda: test_kernels.test_embed(True, 64)),
 }  # fmt: skip
 
