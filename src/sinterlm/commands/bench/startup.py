@@ -32,7 +32,7 @@ def run_words(args: argparse.Namespace) -> list[str]:
     words: list[str] = [args.model]
     names = {field.name for cls in (CompileOptions, EngineOptions) for field in fields(cls)}
     for name in sorted(names - {"model", "cache_dir"}):
-        value = getattr(args, name)
+        value = getattr(args, name, None)  # not every field has a flag
         if value is None:
             continue
         words.append(flag_of(name))
