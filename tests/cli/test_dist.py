@@ -51,6 +51,7 @@ def test_sdist_has_tests_and_makefile(dist: Path) -> None:
     assert wanted <= names
 
 
+@pytest.mark.slow
 def test_wheel_runs_in_a_clean_environment(dist: Path, tmp_path: Path) -> None:
     folder = tmp_path / "venv"
     venv.create(folder, with_pip=True)

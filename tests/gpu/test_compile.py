@@ -37,7 +37,7 @@ def kernels_of(device: str, scheme: Scheme | None = None) -> list[Kernel]:
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("device", ["gfx942", "sm_90"])
+@pytest.mark.parametrize("device", ["gfx942", pytest.param("sm_90", marks=pytest.mark.slow)])
 def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; three of the
     kernels here, and all in the slow test below."""
@@ -173,8 +173,8 @@ TINY = {
 @pytest.mark.parametrize(
     ("flags", "quantization"),
     [
-        (["--quantization", "int4"], "int4 w4g32"),
-        pytest.param([], None, marks=pytest.mark.slow),
+        pytest.param(["--quantization", "int4"], "int4 w4g32", marks=pytest.mark.slow),
+        ([], None),
     ],
     ids=["int4", "bf16"],
 )

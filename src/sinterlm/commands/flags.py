@@ -18,6 +18,10 @@ from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, Ser
 Options = TypeVar("Options", CompileOptions, EngineOptions, ServeOptions)
 OptionsClass = type[CompileOptions] | type[EngineOptions] | type[ServeOptions]
 
+#: Fields without a flag. The host of several ranks compiles each one's part, and no command of ours
+#: is such a host.
+NO_FLAG = ("model", "tensor_parallel_size", "tensor_parallel_rank")
+
 #: Field name -> help. The unit is in the text; the default is appended.
 HELP: dict[str, str] = {
     "dtype": "precision of weights and KV cache; sums and the residual stream are always fp32",
@@ -173,8 +177,7 @@ def add_option_flags(
     The flag of a field that holds several texts may be given several times, one text each.
     """
     group = parser.add_argument_group(title)
-    # The host of several ranks compiles each one's part; no command of ours is such a host.
-    seen = {"model", "tensor_parallel_size", "tensor_parallel_rank"}
+    seen = set(NO_FLAG)
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in fields(cls):

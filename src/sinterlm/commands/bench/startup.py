@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from sinterlm.commands.bench.local import add_model_flags, refuse_code_only, show, telling
 from sinterlm.commands.compile import MODEL_HELP
-from sinterlm.commands.flags import flag_of
+from sinterlm.commands.flags import NO_FLAG, flag_of
 from sinterlm.options import CompileOptions, EngineOptions
 
 
@@ -31,8 +31,8 @@ def run_words(args: argparse.Namespace) -> list[str]:
     """The model and the options that were given, as ``sinterlm run`` takes them."""
     words: list[str] = [args.model]
     names = {field.name for cls in (CompileOptions, EngineOptions) for field in fields(cls)}
-    for name in sorted(names - {"model", "cache_dir"}):
-        value = getattr(args, name, None)  # not every field has a flag
+    for name in sorted(names - {*NO_FLAG, "cache_dir"}):
+        value = getattr(args, name)
         if value is None:
             continue
         words.append(flag_of(name))
