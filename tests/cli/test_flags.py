@@ -11,6 +11,7 @@ import pytest
 
 from sinterlm.commands.flags import (
     HELP,
+    NO_FLAG,
     add_option_flags,
     flag_of,
     options_from,
