@@ -35,6 +35,7 @@ import numpy as np
 
 from sinterlm import LLM, SamplingParams, __version__
 from sinterlm.artifact.bundle import Bundle
+from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
 from sinterlm.backends.gpu.signatures import SIGNATURES
@@ -335,8 +336,9 @@ def report(args: argparse.Namespace, results: list[Result]) -> None:
 def main() -> int:
     """0 when every check passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--model", default="qwq-32b", help="named config of the real shapes")
+    parser.add_argument("--target", required=True, choices=sorted(DEVICES))
+    parser.add_argument("--model", default="qwq-32b", choices=sorted(named_configs()),
+                        help="named config of the real shapes")  # fmt: skip
     parser.add_argument("--budget", type=float, default=60, help="minutes")
     parser.add_argument("--stop-after-op", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path)

@@ -22,11 +22,15 @@ from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling
 from tests.conftest import ROOT
 from tests.gpu.host import PROMPTS, Machine, batch, steps_of
-from tests.gpu.recording import RecordingDriver, build_driver
+from tests.gpu.recording import Launched, RecordingDriver, build_driver
 
 pytestmark = pytest.mark.usefixtures("triton")
 
 TRAINED = ROOT / "tests/assets/tiny-llama"
+
+
+def nothing(launched: Launched) -> None:
+    """What a launch does where only the calls are looked at."""
 
 
 def test_a_generation_is_the_simulators(machine: Machine) -> None:
@@ -51,7 +55,7 @@ def test_a_generation_is_the_simulators(machine: Machine) -> None:
 
 
 def test_a_step_waits_and_copies_but_never_allocates(machine: Machine) -> None:
-    machine.driver.executes, machine.driver.poison = False, 0
+    machine.driver.run, machine.driver.poison = nothing, 0
     with machine.open() as model:
         model.alloc_kv(16, 16)
         model.step(batch((0, 0, [5, 17]), (1, 0, [9]), logits=False))
@@ -140,7 +144,7 @@ def test_planted_faults_are_seen(machine: Machine, mutation: str, named: str) ->
         for i in range(3):
             if i == 2:
                 model.alloc_kv(12, 32)  # pages move: a graph that keeps the old ones is stale
-                driver.executes = False
+                driver.run = nothing
             model.step(batch((0, 2 + i, [-1]), (1, 1 + i, [-1]), logits=False))
     assert driver.faults and re.search(named, driver.faults[0]), driver.faults
 
@@ -150,7 +154,7 @@ def test_planted_faults_are_seen(machine: Machine, mutation: str, named: str) ->
 
 def test_what_is_wrong_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = machine.driver
-    driver.executes = False
+    driver.run = nothing
     driver.device = replace(driver.device, name="other")
     with pytest.raises(
         BundleError, match=r"the device is fake device, and the bundle was compiled"

@@ -1,7 +1,5 @@
 // The C ABI of a library for a GPU: one file for every model and device, with the launch table and
 // code objects of one model behind it. No exception crosses.
-#include <new>
-
 #include "debug.h"
 
 struct sl_model {
@@ -9,28 +7,6 @@ struct sl_model {
 };
 
 namespace slg {
-
-template <class F>
-sl_status guarded(F&& f) noexcept {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return fail(SL_NO_MEMORY, "out of memory");
-  } catch (const std::exception& e) {
-    return fail(SL_INTERNAL, "%s", e.what());
-  } catch (...) {
-    return fail(SL_INTERNAL, "unknown exception");
-  }
-}
-
-template <class Args>
-sl_status check_call(const char* call, bool objects, const Args* args) {
-  if (!objects || !args) return fail(SL_INVALID, "%s: a required pointer is null", call);
-  if (args->size < sizeof(Args))
-    return fail(SL_MISMATCH, "%s: the caller's struct has %u bytes and this library needs %zu",
-                call, args->size, sizeof(Args));
-  return SL_OK;
-}
 
 inline std::string describe(const Table& t, const Model* m) {
   std::ostringstream out;
@@ -59,25 +35,20 @@ const char* sl_last_error(void) { return sl::last_error(); }
 
 int64_t sl_describe(const sl_model* model, char* buf, int64_t cap) {
   int64_t needed = -1;
-  slg::guarded([&] {
+  sl::guarded([&] {
     slg::Table own;
     if (!model) SL_TRY(slg::read_own_table(&own));
     const std::string text =
         slg::describe(model ? model->impl->table : own, model ? model->impl.get() : nullptr);
-    needed = static_cast<int64_t>(text.size()) + 1;
-    if (buf && cap > 0) {
-      const int64_t n = std::min(cap, needed) - 1;
-      std::memcpy(buf, text.data(), n);
-      buf[n] = 0;
-    }
+    needed = sl::put_text(text, buf, cap);
     return SL_OK;
   });
   return needed;
 }
 
 sl_status sl_open(const sl_open_args* args, sl_model** out) {
-  return slg::guarded([&] {
-    SL_TRY(slg::check_call("sl_open", out != nullptr, args));
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_open", out != nullptr, args));
     auto model = std::make_unique<sl_model>();
     SL_TRY(slg::open_model(*args, &model->impl));
     *out = model.release();
@@ -88,8 +59,8 @@ sl_status sl_open(const sl_open_args* args, sl_model** out) {
 void sl_close(sl_model* model) { delete model; }
 
 sl_status sl_kv_alloc(sl_model* model, const sl_kv_args* args, sl_kv* out) {
-  return slg::guarded([&] {
-    SL_TRY(slg::check_call("sl_kv_alloc", model && out, args));
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_kv_alloc", model && out, args));
     return slg::kv_alloc(*model->impl, *args, out);
   });
 }
@@ -99,8 +70,8 @@ void sl_kv_free(sl_model* model, sl_kv* kv) {
 }
 
 sl_status sl_step(sl_model* model, const sl_step_args* args) {
-  return slg::guarded([&] {
-    SL_TRY(slg::check_call("sl_step", model != nullptr, args));
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_step", model != nullptr, args));
     return slg::step(*model->impl, *args);
   });
 }
@@ -114,28 +85,28 @@ sl_status sl_probe(sl_model*, double, double*, double*) {
 }
 
 sl_status sl_bind(sl_model* model, const sl_bind_args* args) {
-  return slg::guarded([&] {
-    SL_TRY(slg::check_call("sl_bind", model != nullptr, args));
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_bind", model != nullptr, args));
     return slg::bind(*model->impl, *args);
   });
 }
 
 sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args) {
-  return slg::guarded([&] {
-    SL_TRY(slg::check_call("sl_enqueue", model != nullptr, args));
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_enqueue", model != nullptr, args));
     return slg::enqueue(*model->impl, *args);
   });
 }
 
 sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last) {
-  return slg::guarded([&] {
+  return sl::guarded([&] {
     if (!model) return sl::fail(SL_INVALID, "sl_launch_range: a required pointer is null");
     return slg::launch_range(*model->impl, first, last);
   });
 }
 
 sl_status sl_peek(sl_model* model, const char* name, void* data, int64_t bytes) {
-  return slg::guarded([&] {
+  return sl::guarded([&] {
     if (!model || !name || !data)
       return sl::fail(SL_INVALID, "sl_peek: a required pointer is null");
     return slg::copy_named(*model->impl, name, data, nullptr, bytes);
@@ -143,7 +114,7 @@ sl_status sl_peek(sl_model* model, const char* name, void* data, int64_t bytes) 
 }
 
 sl_status sl_poke(sl_model* model, const char* name, const void* data, int64_t bytes) {
-  return slg::guarded([&] {
+  return sl::guarded([&] {
     if (!model || !name || !data)
       return sl::fail(SL_INVALID, "sl_poke: a required pointer is null");
     return slg::copy_named(*model->impl, name, nullptr, data, bytes);

@@ -8,11 +8,10 @@ constexpr size_t kMostGraphs = 64;
 
 // Everything of one step, on the model's stream: neither waits nor allocates.
 inline sl_status launch_all(Model& m, const Sizes& sizes, bool is_decode) {
-  std::vector<int> kernel_of(m.slots_of_kernels.size(), -1);
+  std::vector<int> kernel_of(m.choices.size(), -1);
   for (size_t slot = 0; slot < kernel_of.size(); ++slot)
-    for (const Choice& c : m.table.choices)
-      if (kernel_of[slot] < 0 && c.slot == m.slots_of_kernels[slot] && c.fits(sizes, is_decode))
-        kernel_of[slot] = c.kernel;
+    for (const Choice& c : m.choices[slot])
+      if (kernel_of[slot] < 0 && c.fits(sizes, is_decode)) kernel_of[slot] = c.kernel;
   const unsigned warp = m.table.fact("warp");
   for (size_t i = 0; i < m.table.launches.size(); ++i) {
     if (m.last_launch > 0 && (int(i) < m.first_launch || int(i) >= m.last_launch)) continue;
@@ -27,12 +26,13 @@ inline sl_status launch_all(Model& m, const Sizes& sizes, bool is_decode) {
     if (kernel.name == "norm_gate_up_act") grid[0] -= 1;
 #endif
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) continue;  // no row is sampled
+    const int code =
+        m.driver.launch(m.functions[number], grid[0], grid[1], grid[2], kernel.warps * warp, 1, 1,
+                        kernel.shared, m.stream, m.blocks[i].data(), nullptr);
+    if (code == 0) continue;
     char doing[160];
     snprintf(doing, sizeof doing, "launching %s of layer %d", launch.slot.c_str(), launch.layer);
-    SL_TRY(m.driver.check(
-        m.driver.launch(m.functions[number], grid[0], grid[1], grid[2], kernel.warps * warp, 1, 1,
-                        kernel.shared, m.stream, m.blocks[i].data(), nullptr),
-        doing));
+    return m.driver.check(code, doing);
   }
   return SL_OK;
 }

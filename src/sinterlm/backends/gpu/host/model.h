@@ -78,9 +78,10 @@ struct Model {
   std::vector<void*> modules, functions;  // by kernel
   std::vector<int> slot_of_launch;
   std::vector<std::string> slots_of_kernels;
-  std::vector<std::vector<void*>> blocks;  // of each launch: addresses of its arguments
-  std::vector<void*> buffers;              // by buffer of the table
-  std::list<void*> constants;              // addresses within the weights
+  std::vector<std::vector<Choice>> choices;  // of each slot
+  std::vector<std::vector<void*>> blocks;    // of each launch: addresses of its arguments
+  std::vector<void*> buffers;                // by buffer of the table
+  std::list<void*> constants;                // addresses within the weights
   Inputs inputs;
   Values values;
   PagedKv kv;
@@ -230,7 +231,11 @@ inline sl_status bind_arguments(Model& m) {
     auto& names = m.slots_of_kernels;
     const auto found = std::find(names.begin(), names.end(), launch.slot);
     m.slot_of_launch.push_back(static_cast<int>(found - names.begin()));
-    if (found == names.end()) names.push_back(launch.slot);
+    if (found != names.end()) continue;
+    names.push_back(launch.slot);
+    m.choices.emplace_back();
+    for (const Choice& c : m.table.choices)
+      if (c.slot == launch.slot) m.choices.back().push_back(c);
   }
   return SL_OK;
 }

@@ -3,6 +3,7 @@
 // filters, penalties, biases or masks.
 #pragma once
 #include "open.h"
+#include "sinterlm/calls.h"
 #include "sinterlm/step_check.h"
 
 namespace slg {
@@ -110,18 +111,10 @@ inline sl_status draw_on_host(Model& m, const sl_step_args& a, const std::vector
     w.barrier();
     m.sampler.draw(w);
   });
-  if (!ran)
-    return fail(SL_INVALID,
-                "the model was opened before fork(); open it in the process "
-                "that runs it");
+  if (!ran) return sl::forked();
   if (const int i = m.sampler.first_not_finite(); i >= 0)
-    return fail(SL_INTERNAL,
-                "the logits of sample_rows[%d] (token %d) hold NaN or infinity: "
-                "weights are damaged or overflow in this dtype",
-                rows[i], a.sample_rows[rows[i]]);
-  if (const int i = m.sampler.first_without_token(); i >= 0)
-    return fail(SL_INVALID, "sampling[%d] allows no token: bias and allowed mask exclude all",
-                rows[i]);
+    return sl::not_finite(rows[i], a.sample_rows[rows[i]]);
+  if (const int i = m.sampler.first_without_token(); i >= 0) return sl::nothing_allowed(rows[i]);
   for (int i = 0; i < n; ++i) {
     const int64_t at = first + rows[i];
     a.out_tokens[at] = tokens[i];
@@ -156,11 +149,7 @@ inline sl_status finish(Model& m, const sl_step_args& a, const Sizes& sizes, int
   if (!sample) return SL_OK;
   for (int r = 0; r < R; ++r) {
     if (drawn_on_host(m.sampling[r], V)) continue;
-    if (std::isnan(logprobs[r]))
-      return fail(SL_INTERNAL,
-                  "the logits of sample_rows[%d] (token %d) hold NaN or infinity: "
-                  "weights are damaged or overflow in this dtype",
-                  r, a.sample_rows[r]);
+    if (std::isnan(logprobs[r])) return sl::not_finite(r, a.sample_rows[r]);
     const int64_t at = first + r;
     a.out_tokens[at] = ids[r];
     if (a.out_logprobs) a.out_logprobs[at] = NAN;
@@ -191,11 +180,8 @@ inline sl_status remember(Model& m, const sl_step_args& a, int64_t first) {
 
 // Whether another step follows; if so, every sequence moved on to the token it drew.
 inline bool advance(Model& m, const sl_step_args& a, int64_t first, Cursor* at) {
-  for (int r = 0; r < a.num_sample_rows; ++r) {
-    const sl_sampling& s = m.sampling[r];
-    const int32_t* end = s.stop_tokens + s.num_stop_tokens;
-    if (std::find(s.stop_tokens, end, a.out_tokens[first + r]) != end) return false;
-  }
+  for (int r = 0; r < a.num_sample_rows; ++r)
+    if (sl::is_stop(m.sampling[r], a.out_tokens[first + r])) return false;
   for (int s = 0; s < a.num_seqs; ++s) {
     at->token_ids[s] = a.out_tokens[first + s];
     ++at->positions[s];

@@ -1,7 +1,6 @@
 // The C ABI over `sl::Net`, the model that the emitted translation unit defined before including
 // this. No exception crosses: allocation failures and our own bugs become statuses.
-#include <new>
-
+#include "sinterlm/calls.h"
 #include "sinterlm/model.h"
 
 struct sl_model {
@@ -15,29 +14,6 @@ static_assert(sizeof(AttentionScratch<Net::Cache, Net::spec.D>) <= kScratchBytes
 static_assert(Net::spec.Hq / Net::spec.Hkv <= kAttentionRows,
               "one token's heads of a group must fit attention's working set");
 
-template <class F>
-sl_status guarded(F&& f) noexcept {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return fail(SL_NO_MEMORY, "out of memory");
-  } catch (const std::exception& e) {
-    return fail(SL_INTERNAL, "%s", e.what());
-  } catch (...) {
-    return fail(SL_INTERNAL, "unknown exception");
-  }
-}
-
-// Refuses null pointers and structs shorter than this library knows.
-template <class Args>
-sl_status check_call(const char* call, bool objects, const Args* args) {
-  if (!objects || !args) return fail(SL_INVALID, "%s: a required pointer is null", call);
-  if (args->size < sizeof(Args))
-    return fail(SL_MISMATCH, "%s: the caller's struct has %u bytes and this library needs %zu",
-                call, args->size, sizeof(Args));
-  return SL_OK;
-}
-
 }  // namespace sl
 
 extern "C" {
@@ -50,12 +26,7 @@ int64_t sl_describe(const sl_model* model, char* buf, int64_t cap) {
   int64_t needed = -1;
   sl::guarded([&] {
     const std::string text = sl::describe(sl::Net::spec, model ? model->impl.get() : nullptr);
-    needed = static_cast<int64_t>(text.size()) + 1;
-    if (buf && cap > 0) {
-      const int64_t n = std::min(cap, needed) - 1;
-      std::memcpy(buf, text.data(), n);
-      buf[n] = 0;
-    }
+    needed = sl::put_text(text, buf, cap);
     return SL_OK;
   });
   return needed;

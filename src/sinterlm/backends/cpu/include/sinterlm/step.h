@@ -1,5 +1,6 @@
 // sl_step and sl_head: one parallel region from token ids to tokens, or to those of several steps.
 #pragma once
+#include "sinterlm/calls.h"
 #include "sinterlm/head.h"
 #include "sinterlm/open.h"
 #include "sinterlm/step_check.h"
@@ -90,11 +91,6 @@ inline SampleJob sample_job(Model& m, const sl_step_args& a, int step) {
           (a.flags & SL_STEP_LOGITS) == 0};
 }
 
-inline bool is_stop(const sl_sampling& s, int32_t token) {
-  return std::find(s.stop_tokens, s.stop_tokens + s.num_stop_tokens, token) !=
-         s.stop_tokens + s.num_stop_tokens;
-}
-
 // Between two steps of a call, by one worker: whether there is another, and if so, every sequence
 // moved on to the token it drew in step number `step`. Row s is sequence s (check_repeat).
 inline bool advance(Model& m, const sl_step_args& a, int step) {
@@ -115,24 +111,13 @@ inline bool advance(Model& m, const sl_step_args& a, int step) {
 
 // After the workers: rows that have no token, or the slots of those that have.
 inline sl_status finish_sampling(Model& m, const sl_step_args& a, int steps) {
-  if (const int r = m.sampler.first_not_finite(); r >= 0)
-    return fail(
-        SL_INTERNAL,
-        "the logits of sample_rows[%d] (token %d) hold NaN or infinity: weights are damaged "
-        "or overflow in this dtype",
-        r, a.sample_rows[r]);
-  if (const int r = m.sampler.first_without_token(); r >= 0)
-    return fail(SL_INVALID, "sampling[%d] allows no token: bias and allowed mask exclude all", r);
+  if (const int r = m.sampler.first_not_finite(); r >= 0) return not_finite(r, a.sample_rows[r]);
+  if (const int r = m.sampler.first_without_token(); r >= 0) return nothing_allowed(r);
   if (!a.slots) return SL_OK;
   for (int r = 0; r < a.num_sample_rows; ++r)
     if (const int slot = a.slots[m.token_seq[a.sample_rows[r]]]; slot >= 0)
       m.slots[slot] = a.out_tokens[int64_t(steps - 1) * a.num_sample_rows + r];
   return SL_OK;
-}
-
-inline sl_status forked() {
-  return fail(SL_INVALID,
-              "the model was opened before fork(); open it in the process that runs it");
 }
 
 template <class Net>
