@@ -48,6 +48,32 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, int pick) {
   return a;
 }
 
+inline float no_denormal(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? 0 * v : v; }
+
+inline float bf16_value(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float v;
+  std::memcpy(&v, &wide, 4);
+  return no_denormal(v);
+}
+
+// SIMDe adds the even products first; the instruction begins with the odd ones, each an fma.
+template <class Pairs>
+inline __m512 dpbf16(__m512 sums, Pairs a, Pairs b) {
+  uint16_t x[32], y[32];
+  float out[16];
+  static_assert(sizeof x == sizeof a && sizeof out == sizeof sums);
+  std::memcpy(x, &a, 64);
+  std::memcpy(y, &b, 64);
+  std::memcpy(out, &sums, 64);
+  for (int i = 0; i < 32; ++i) {
+    float& sum = out[i / 2];
+    sum = no_denormal(std::fma(bf16_value(x[i ^ 1]), bf16_value(y[i ^ 1]), no_denormal(sum)));
+  }
+  std::memcpy(&sums, out, 64);
+  return sums;
+}
+
 inline float reduce_max(__m512 v) {
   float x[16];
   std::memcpy(x, &v, 64);
@@ -57,6 +83,9 @@ inline float reduce_max(__m512 v) {
 }
 
 }  // namespace emulated
+
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps(sums, a, b) emulated::dpbf16(sums, a, b)
 
 // SIMDe gives this name the parameters of the masked one.
 #undef _mm512_madd_epi16
