@@ -14,9 +14,9 @@ struct CodedTile {
   using Shape = TileShape<typename F::Act>;
   PanelPiece p;
 
-  Ahead ahead() const { return {p.next}; }
+  Ahead ahead() const { return Ahead(p.next); }
   template <int R, int C>
-  void run(int r0, int j0, const Ahead& ahead) const {
+  void run(int r0, int j0, Ahead ahead) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
     Vec total[R][C];
 #pragma GCC unroll 8
@@ -34,6 +34,7 @@ struct CodedTile {
         dots<R, C>(dot, r0, k, codes + col * 4, ahead);
         codes += F::code_bytes(F::kBlock);
         scale<R, C>(total, dot, r0, k, tail, col);
+        ahead.turn();
       }
     }
 #pragma GCC unroll 8

@@ -80,11 +80,11 @@ struct ScaledTile {
   int64_t lda;
   const float* sums;  // [rows][kPieceDepth / kWeightBlock]: of operands, with offsets
   Source source;
-  typename Source::Ahead next = {};
+  typename Source::Ahead next;
 
   const typename Source::Ahead& ahead() const { return next; }
   template <int R, int C>
-  void run(int r0, int j0, const typename Source::Ahead& ahead) const {
+  void run(int r0, int j0, typename Source::Ahead ahead) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
     Vec total[R][C];
 #pragma GCC unroll 8
@@ -185,8 +185,9 @@ inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, co
     if constexpr (kCodesInRegisters<E>) {
       if (rows <= TileShape<int8_t>::kRows) {
         using Source = CodesAsTheyCome<F>;
-        panel_rows(rows, cols,
-                   ScaledTile<F, Source>{piece, a, lda, sums, {panel, piece.k, p.col}, {p.next}});
+        panel_rows(
+            rows, cols,
+            ScaledTile<F, Source>{piece, a, lda, sums, {panel, piece.k, p.col}, Ahead(p.next)});
         continue;
       }
     }

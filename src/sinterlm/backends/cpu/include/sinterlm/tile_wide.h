@@ -9,30 +9,54 @@
 
 namespace sl {
 
-// Bytes from a line of weights to those that its tile asks for on the way, so that memory is read
-// while it computes. A core has few misses in flight (24 on Zen 4) and waits where more are asked
-// for, so the tiles over the rows of one piece share its lines, at most two for each step of k;
-// where one tile would need more, it reads memory itself and the hardware's prefetcher does better.
-struct Ahead {
-  int64_t first, second = 0;
+// Lines of weights that a tile asks for on its way, so that memory is read while it computes: those
+// that lie `next` bytes further on, where the next pass begins. A core has few misses in flight (24
+// on Zen 4) and waits where more are asked for, so the tiles over the rows of one piece share the
+// `width` lines of a step: each asks for every tiles-th, one or two, beginning at its own, and
+// takes the line before it each turn, for else a tile without a line would leave memory at rest.
+// Where one tile would need more than two, it reads memory itself and the hardware's prefetcher
+// does better.
+class Ahead {
+ public:
+  static constexpr int kTurn = 64;  // k
 
-  // For tile i of those that walk the same `width` lines.
+  explicit Ahead(int64_t next) : next_(next) {}
+  // For tile i of those that walk the same lines.
   Ahead share(int i, int tiles, int width) const {
-    constexpr int64_t kLine = kLanes * 4;
-    const int each = (width + tiles - 1) / tiles, from = i * each;
-    if (each > 2 || from >= width) return {0};
-    return {first + from * kLine, each == 2 ? first + (from + 1) * kLine : 0};
+    Ahead mine(next_);
+    mine.line_ = i;
+    mine.tiles_ = tiles;
+    mine.width_ = width > 2 * tiles ? 0 : width;
+    mine.aim();
+    return mine;
+  }
+  SL_MEMBER void turn() {
+    line_ = (line_ == 0 ? tiles_ : line_) - 1;
+    aim();
   }
   // Inlined by force: g++ takes a function that only prefetches for one that does nothing.
-  SL_MEMBER void ask(const void* line) const {
-    __builtin_prefetch(static_cast<const char*>(line) + first, 0, 2);
-    __builtin_prefetch(static_cast<const char*>(line) + second, 0, 2);
+  SL_MEMBER void ask(const void* step) const {
+    __builtin_prefetch(static_cast<const char*>(step) + first_, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(step) + second_, 0, 2);
   }
+
+ private:
+  // Bytes from a step to its lines that are asked for; 0, the step itself, is there already.
+  SL_MEMBER void aim() {
+    constexpr int64_t kLine = kLanes * 4;
+    first_ = line_ < width_ ? next_ + line_ * kLine : 0;
+    second_ = line_ + tiles_ < width_ ? next_ + (line_ + tiles_) * kLine : 0;
+  }
+
+  int64_t next_, first_ = 0, second_ = 0;
+  int line_ = 0, tiles_ = 1, width_ = 0;
 };
 
 // For what lies in a cache.
 struct NothingAhead {
+  static constexpr int kTurn = 1 << 30;
   NothingAhead share(int, int, int) const { return {}; }
+  SL_MEMBER void turn() {}
   SL_MEMBER void ask(const void*) const {}
 };
 
@@ -40,7 +64,7 @@ struct NothingAhead {
 // col_step per 16 columns (elements), so that weights, K pages and V pages are all panels.
 template <class E, int R, int C, class A>
 inline void tile(const Operand<E>* a, int64_t lda, const E* b, int64_t k_step, int64_t col_step,
-                 int K, float* c, int64_t ldc, bool accumulate, const A& ahead) {
+                 int K, float* c, int64_t ldc, bool accumulate, A ahead) {
   Vec sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -51,27 +75,27 @@ inline void tile(const Operand<E>* a, int64_t lda, const E* b, int64_t k_step, i
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) odd[r][j] = zero();
 #endif
-  for (int k = 0; k < K; k += kPair<E>) {
-    ahead.ask(b);
+  for (int k = 0; k < K; ahead.turn())
+    for (const int stop = std::min(K, k + A::kTurn); k < stop; k += kPair<E>, b += k_step) {
+      ahead.ask(b);
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
+      for (int j = 0; j < C; ++j) {
 #pragma GCC unroll 2
-      for (int part = 0; part < Panel<E>::kParts; ++part) {
-        const Panel<E> w = Panel<E>::load(b + j * col_step, part);
+        for (int part = 0; part < Panel<E>::kParts; ++part) {
+          const Panel<E> w = Panel<E>::load(b + j * col_step, part);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r) {
 #ifdef SL_MUTATE_K_UNROLL
-          if (R == 1 && (k / kPair<E>) % 2) {
-            odd[r][j] = Panel<E>::mac(odd[r][j], a + r * lda + k + part, w);
-            continue;
-          }
+            if (R == 1 && (k / kPair<E>) % 2) {
+              odd[r][j] = Panel<E>::mac(odd[r][j], a + r * lda + k + part, w);
+              continue;
+            }
 #endif
-          sum[r][j] = Panel<E>::mac(sum[r][j], a + r * lda + k + part, w);
+            sum[r][j] = Panel<E>::mac(sum[r][j], a + r * lda + k + part, w);
+          }
         }
       }
     }
-    b += k_step;
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -85,7 +109,7 @@ inline void tile(const Operand<E>* a, int64_t lda, const E* b, int64_t k_step, i
 
 // Calls t.run<R, C>(..., ahead) for run-time rows and columns (of 16) of at most the tile's shape.
 template <class Tile, class A, int R = Tile::Shape::kRows, int C = Tile::Shape::cols(R)>
-inline void tile_any(const Tile& t, int rows, int cols, int r0, int j0, const A& ahead) {
+inline void tile_any(const Tile& t, int rows, int cols, int r0, int j0, A ahead) {
   if constexpr (R > 1) {
     if (rows < R) {
       tile_any<Tile, A, R - 1>(t, rows, cols, r0, j0, ahead);
@@ -127,11 +151,11 @@ struct WideTile {
   float* c;
   int64_t ldc;
   bool accumulate;
-  A next = {};
+  A next;
 
   A ahead() const { return next; }
   template <int R, int C>
-  void run(int r0, int j0, const A& share) const {
+  void run(int r0, int j0, A share) const {
     tile<E, R, C>(a + r0 * lda, lda, b + j0 * col_step, k_step, col_step, K,
                   c + r0 * ldc + j0 * kLanes, ldc, accumulate, share);
   }
@@ -187,16 +211,8 @@ inline void multiply(Wide<E>, int rows, int cols, const PanelPiece& p, void* scr
   const E* b = reinterpret_cast<const E*>(p.panel) + int64_t(p.k) * kPanelCols + p.col * P;
   const E* a = reinterpret_cast<const E*>(p.a) + p.k;
   multiply_panel(rows, cols, a,
-                 WideTile<E, Ahead>{nullptr,
-                                    p.pitch / int64_t{sizeof(E)},
-                                    b,
-                                    kPanelCols * P,
-                                    kLanes * P,
-                                    p.depth,
-                                    p.c,
-                                    p.ldc,
-                                    p.k > 0,
-                                    {p.next}},
+                 WideTile<E, Ahead>{nullptr, p.pitch / int64_t{sizeof(E)}, b, kPanelCols * P,
+                                    kLanes * P, p.depth, p.c, p.ldc, p.k > 0, Ahead(p.next)},
                  scratch);
 }
 
