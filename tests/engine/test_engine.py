@@ -54,6 +54,15 @@ def run(
     return output.outputs[0], deltas, output
 
 
+def test_the_first_delta_of_the_first_sequence_tells_what_the_prompt_scored() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, n=2, prompt_logprobs=1)
+    _, deltas, output = run(text_engine(), params, stream=True, prompt=(5, 6, 7))
+    told = [d for d in deltas if d.prompt_logprobs is not None]
+    assert [d.index for d in told] == [0] and told[0] is next(d for d in deltas if d.index == 0)
+    assert told[0].prompt_logprobs == output.prompt_logprobs
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 3
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_eos_ends_and_is_not_shown(stream: bool) -> None:
     engine = text_engine()

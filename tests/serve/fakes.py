@@ -10,13 +10,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinterlm.engine.outputs import (
     CompletionOutput,
     Delta,
     Logprob,
+    PromptLogprobs,
     RequestMetrics,
     RequestOutput,
     TokenLogprobs,
@@ -85,6 +86,7 @@ class FakeBridge:
     streams: list[FakeStream] = field(default_factory=list)
     prepared: list[SamplingParams] = field(default_factory=list)
     idle_calls: int = 0
+    backwards: bool = False  #: of several sequences the last one draws first
 
     async def prepare(self, params: SamplingParams) -> None:
         self.prepared.append(params)
@@ -108,16 +110,16 @@ class FakeBridge:
     def deltas(self, submission: Submission) -> Iterator[Delta]:
         """All deltas of one request, its sequences one token each in turn."""
         runs = [list(self._sequence(submission, i)) for i in range(submission.params.n)]
+        turns = runs[::-1] if self.backwards else runs
         order = [
-            (step, run) for step in range(max(map(len, runs))) for run in runs if step < len(run)
+            (step, run) for step in range(max(map(len, runs))) for run in turns if step < len(run)
         ]
         for i, (step, run) in enumerate(order):
             output = self._output(submission, runs) if i + 1 == len(order) else None
-            delta = run[step]
-            yield Delta(
-                delta.request_id, delta.index, delta.text, delta.token_ids, delta.logprobs,
-                delta.finish_reason, delta.stop_reason, output,
-            )  # fmt: skip
+            delta = replace(run[step], output=output)
+            if delta.index == 0 and step == 0:
+                delta = replace(delta, prompt_logprobs=self._prompt_logprobs(submission))
+            yield delta
 
     def _sequence(self, submission: Submission, index: int) -> Iterator[Delta]:
         params = submission.params
@@ -158,6 +160,13 @@ class FakeBridge:
             entries[rank] = Logprob(-0.5 * rank, rank, text(rank))
         return entries
 
+    def _prompt_logprobs(self, submission: Submission) -> PromptLogprobs | None:
+        count = submission.params.prompt_logprobs
+        if count is None:
+            return None
+        ids = list(submission.prompt_token_ids)
+        return [None, *(self._logprobs(token, count) for token in ids[1:])]
+
     def _output(self, submission: Submission, runs: list[list[Delta]]) -> RequestOutput:
         outputs = []
         for index, run in enumerate(runs):
@@ -174,18 +183,13 @@ class FakeBridge:
                 )
             )
         now = time.perf_counter()
-        count = submission.params.prompt_logprobs
-        prompt = tuple(submission.prompt_token_ids)
-        prompt_logprobs = None
-        if count is not None:
-            prompt_logprobs = [None, *(self._logprobs(token, count) for token in prompt[1:])]
         return RequestOutput(
             request_id=submission.request_id,
             prompt=submission.prompt,
-            prompt_token_ids=prompt,
+            prompt_token_ids=tuple(submission.prompt_token_ids),
             outputs=outputs,
             metrics=RequestMetrics(now, now, now, now),
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self._prompt_logprobs(submission),
             num_cached_tokens=self.cached,
         )
 

@@ -90,6 +90,24 @@ class TestEcho:
         events = server.complete({"echo": True, "stream": True}).events
         assert events[0]["choices"][0]["text"] == "hellohello" and len(events) == 7
 
+    @pytest.mark.parametrize("more", [{}, {"max_tokens": 0}, {"prompt": ["hello w", "world"]}])
+    @pytest.mark.parametrize("backwards", [False, True])
+    def test_a_stream_has_the_logprobs_of_the_whole_answer(
+        self, server: Server, more: dict[str, Any], backwards: bool
+    ) -> None:
+        asked = {"prompt": "hello w", "echo": True, "logprobs": 2, "n": 2, **more}
+        whole = server.complete(asked).json["choices"]
+        server.bridge.backwards = backwards
+        got = [{"text": "", "logprobs": {}} for _ in whole]
+        for event in server.complete({**asked, "stream": True}).events:
+            (choice,) = event["choices"]
+            one = got[choice["index"]]
+            one["text"] += choice["text"]
+            for name, values in choice["logprobs"].items():
+                one["logprobs"].setdefault(name, []).extend(values)
+        assert got == [{"text": c["text"], "logprobs": c["logprobs"]} for c in whole]
+        assert got[0]["logprobs"]["token_logprobs"][0] is None
+
 
 class TestStream:
     def test_each_event_is_one_token(self, server: Server) -> None:

@@ -342,6 +342,7 @@ class Engine:
             logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            prompt_logprobs=request.prompt_logprobs if request.num_output == 1 else None,
             output=output,
         )
 

@@ -87,4 +87,6 @@ class Delta:
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    #: On the first delta of sequence 0, if asked for
+    prompt_logprobs: PromptLogprobs | None = None
     output: RequestOutput | None = None  #: the whole request, on its very last delta

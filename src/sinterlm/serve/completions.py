@@ -112,8 +112,6 @@ class CompletionEndpoint:
             )
         if asked.stream and asked.prompt_logprobs is not None:
             raise bad_request("prompt_logprobs needs stream=false", param="prompt_logprobs")
-        if asked.stream and asked.echo and asked.logprobs is not None:
-            raise bad_request("echo with logprobs needs stream=false", param="echo")
 
     def _prompts(self, asked: CompletionRequest) -> list[Prompt]:
         given, special = asked.prompt, asked.add_special_tokens
