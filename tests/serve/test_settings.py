@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import socket
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +90,23 @@ def test_a_port_in_use_is_told() -> None:
     first.close()
     (again,) = bind_sockets("127.0.0.1", port)
     again.close()
+
+
+def test_what_is_sent_goes_out_at_once() -> None:
+    (bound,) = bind_sockets("127.0.0.1", 0)
+
+    async def delays() -> int:
+        accepted: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(
+            lambda _, writer: accepted.set_result(writer.get_extra_info("socket")), sock=bound
+        )
+        async with server:
+            _, writer = await asyncio.open_connection(*bound.getsockname())
+            no_delay = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return no_delay
+
+    assert asyncio.run(delays()) != 0
 
 
 def test_a_port_taken_since_is_told() -> None:
