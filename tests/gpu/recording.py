@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -327,7 +327,7 @@ class RecordingDriver:
                     raise Fault(1, f"{kernel.name}: {name} at {args[name]:#x} is not aligned")
         sizes = {"T": args.get("num_tokens"), "R": args.get("num_rows"), "S": args.get("num_seqs")}
         for axis, programs in zip(kernel.grid, launched.grid, strict=True):
-            known = axis.symbol == "1" or sizes[axis.symbol] is not None
+            known = axis.symbol == "1" or sizes.get(axis.symbol) is not None
             if known and not axis.plus_seqs and axis.count({"S": 0, **sizes}) != programs:
                 raise Fault(1, f"{kernel.name}: {programs} programs along {axis} at {sizes}")
 
@@ -346,13 +346,15 @@ class RecordingDriver:
             where, _, what = arg.partition(":")
             if where == "weight":
                 arg, value = "weights", value - int(what)
-            if where not in ("weight", "buffer") or what in self.borrowed:
+            if where not in ("weight", "buffer") or what in self.borrowed.get(name, ()):
                 continue
             if self.bound.setdefault(arg, value) != value:
                 raise Fault(1, f"{name}: {arg} is at {value:#x} and was at {self.bound[arg]:#x}")
 
-    #: Buffers that a caller may replace.
-    borrowed = ("logits", "ids")
+    #: By kernel: buffers that a caller may replace.
+    borrowed: ClassVar[dict[str, tuple[str, ...]]] = {
+        "lm_head": ("xw", "logits"), "merge_rows": ("ids",), "final_norm": ("hidden",),
+    }  # fmt: skip
 
     def _run(self, launched: Launched) -> None:
         self._check(launched)

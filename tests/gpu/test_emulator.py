@@ -84,6 +84,8 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     "attention of decoding rows": ("attention", lambda: (
         test_kernels.test_attention_of_decoding_rows(5, 4, 0))),
     "head, draw and merge": ("lm_head", lambda: test_kernels.test_head_and_draw(Tile(BN=64), None)),
+    "head of normed rows": ("lm_head", lambda: test_kernels.test_a_head_of_normed_rows()),
+    "hidden states": ("final_norm", lambda: test_kernels.test_final_norm(5, 192, 208, 64)),
     "embedding": ("embed_norm", lambda: test_kernels.test_embed(True, 64)),
 }  # fmt: skip
 

@@ -283,6 +283,20 @@ def test_a_sequence_of_padding_is_left_alone() -> None:
     assert np.isnan(y[1]).all()
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_sequences_without_tokens_are_left_alone(decode: bool) -> None:
+    """As a padded batch of a graph has them: rows behind the last sequence's, contexts of 0."""
+    step, q, want = attention_case(4, 1, 32, 16, [1, 1], [20, 7], 0)
+    step.query_start = np.array([0, 1, 2, 2, 2], np.int32)
+    step.context_lens = np.array([20, 7, 0, 0], np.int32)
+    step.queries = [1, 1, 0, 0]
+    step.table = np.concatenate([step.table, np.full_like(step.table, -(10**6))])
+    q = np.concatenate([q, np.full_like(q, np.nan)])
+    y = oplib.attention(step, q, 4, 0, 2 if decode else 1, decode=decode)
+    check_attention(y[:2], want)
+    assert np.isnan(y[2:]).all()
+
+
 def attention_case(
     group: int, kv_heads: int, dim: int, page: int, queries: list[int], contexts: list[int],
     window: int,
@@ -346,6 +360,39 @@ def test_head_and_draw(tile: Tile, form: GemmFormat | None) -> None:
         assert ids[i] == want.token_id or want.gap < 1e-4
         assert abs(logprobs[i] - want.logprob) < 1e-5
     assert list(drawn) == [ids[2], -1, -1, ids[0]]
+
+
+def test_a_head_of_normed_rows() -> None:
+    """Sums of squares are not read, whatever they hold."""
+    hidden, w = data(5, 128, 131)
+    ssq, rows = np.full((5, 8), np.nan, "f4"), list(range(5))
+    zeros = [0] * 5
+    logits, ids, *_ = oplib.draw(hidden, ssq, rows, w, [0.0] * 5, zeros, zeros, Tile(BN=64),
+                                 is_normed=True)  # fmt: skip
+    truth = exact(hidden, w)
+    assert np.all(np.abs(logits - truth) <= error_bound(hidden, w) + 2e-6 * (np.abs(truth) + 1))
+    assert ids.tolist() == truth.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(("rows", "hidden", "stride", "width"),
+                         [(1, 64, 64, 64), (5, 192, 208, 64), (3, 1024, 1040, 1024)])  # fmt: skip
+def test_final_norm(rows: int, hidden: int, stride: int, width: int) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.normal(scale=30, size=(rows, hidden)).astype("f4")
+    x[-1] *= 1e-6  # below eps
+    norm = rng.normal(size=hidden).astype("f4")
+    ssq = (x.astype("f8") ** 2).reshape(rows, -1, 16).sum(-1).astype("f4")
+    truth = x.astype("f8") * scales(ssq, hidden) * norm
+    found = oplib.final_norm(x, ssq, norm, stride, width)
+    assert np.all(np.abs(found - truth) <= (2.0**-8 + 1e-6) * np.abs(truth))
+
+
+def test_final_norm_keeps_nan_in_its_row() -> None:
+    x, norm = np.ones((3, 64), "f4"), np.ones(64, "f4")
+    x[1, 5] = np.nan
+    ssq = (x**2).reshape(3, -1, 16).sum(-1)
+    found = oplib.final_norm(x, ssq, norm, 64, 64)
+    assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
 
 
 @pytest.mark.parametrize(("in_tiles", "width"), list(itertools.product([True, False], [64, 128])))
