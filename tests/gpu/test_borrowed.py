@@ -148,6 +148,11 @@ def test_what_is_wrong_is_said(machine: Machine) -> None:
     for args, told in refused:
         with pytest.raises(RuntimeFault, match=told):
             caller.model.enqueue(*args)
+    far = replace(caller.kv, head_stride=1 << 30)
+    caller.model.use_kv(far)
+    with pytest.raises(RuntimeFault, match="lead 2147484672 elements into a page"):
+        caller.model.enqueue(step, stream, out, width)
+    caller.model.use_kv(caller.kv)
     for args, told in (((out, 9, stream, out), "num_rows is 9"), ((0, 1, stream, out), "hidden"),
                        ((out + 2, 1, stream, out), "hidden is at")):  # fmt: skip
         with pytest.raises(RuntimeFault, match=told):

@@ -62,6 +62,12 @@ inline sl_status check_enqueue(const Model& m, const sl_enqueue_args& a) {
     return fail(SL_INVALID, "sl_enqueue: sample_rows and out_logits are needed to sample");
   if (a.page_stride % 16 || a.token_stride % 16 || a.head_stride % 16)
     return fail(SL_INVALID, "strides of KV pages must be multiples of 16 elements");
+  // Kernels have a token's and a head's place in a page in 32 bits.
+  const int64_t reach =
+      int64_t{a.page_tokens} * a.token_stride + int64_t{m.shape.Hkv} * a.head_stride;
+  if (reach > INT32_MAX)
+    return fail(SL_INVALID, "token_stride %d and head_stride %d lead %lld elements into a page",
+                a.token_stride, a.head_stride, (long long)reach);
   SL_TRY(check_aligned("out_logits", a.out_logits));
   return check_hidden(m, a);
 }
