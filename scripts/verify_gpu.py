@@ -11,6 +11,7 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
+    vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
 DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import platform
 import subprocess
@@ -274,8 +276,19 @@ def check_speed(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
+    """Stock vLLM and SinterLM inside it: scripts/vllm_ab.py."""
+    folder = args.output / args.model
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(named_configs()[args.model]))
+    command = [sys.executable, ROOT / "scripts/vllm_ab.py", TRAINED, folder]
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
 CHECKS = {"load": check_load, "op": check_op, "model": check_model,
-          "invariance": check_invariance, "speed": check_speed}  # fmt: skip
+          "invariance": check_invariance, "speed": check_speed, "vllm": check_vllm}  # fmt: skip
 
 
 def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
@@ -303,6 +316,8 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
     yield from (("model", 600), ("invariance", 600), ("speed", 1800))
+    if importlib.util.find_spec("vllm") is not None:
+        yield "vllm", 3600
 
 
 def run(args: argparse.Namespace, check: str, limit: float) -> Result:

@@ -133,8 +133,8 @@ def test_rows_beyond_a_step_are_zeros_and_tensors_may_move(
     assert model.logits(hidden[:0]).shape == (0, model.shape.vocab_size)
     with pytest.raises(RuntimeError, match=r"hidden states have shape \(1, 8\)"):
         model.logits(hidden[:1, :8])
-    for name in ("seq_lens", "block_table", "query_start_loc"):
-        wide = memory.zeros((3, 2) if name == "block_table" else (3,), "int64")
+    for name, shape in {"seq_lens": (1,), "block_table": (1, 4), "query_start_loc": (2,)}.items():
+        wide = memory.zeros(shape, "int64")
         changed = SimpleNamespace(**{**vars(metadata), name: wide})
         with pytest.raises(RuntimeError, match=rf"vLLM's {name} has shape .* int64"):
             model.hidden(runner.ids, runner.positions, changed, runner.pages)

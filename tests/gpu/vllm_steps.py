@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Tensor(np.ndarray):
     def element_size(self) -> int:
         return int(self.itemsize)
 
-    def contiguous(self) -> Self:
+    def contiguous(self) -> Tensor:
         return self if self.flags.c_contiguous else self.memory.like(self)
 
     def copy_(self, source: Tensor) -> None:
@@ -136,7 +136,7 @@ class Runner:
             hidden = self._forward(len(runs), sum(counts), max(counts))
         else:
             hidden = self._by_graph(rows)
-        logits = self.model.logits(hidden[np.cumsum(counts) - 1].view(Tensor).contiguous())
+        logits = self.model.logits(self.memory.like(hidden[np.cumsum(counts) - 1]))
         drawn = np.asarray(logits).argmax(1).tolist()
         for (seq, count), token in zip(runs, drawn, strict=True):
             seq.done += count
