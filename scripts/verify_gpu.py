@@ -11,6 +11,7 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
+    vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
 DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import platform
 import subprocess
@@ -61,7 +63,7 @@ STEPS: dict[str, Runs] = {
     "decode": [([3, 9, 5], 7, [11]), ([0, 7, 2], 1, [12])],
 }
 #: What kernels leave for others; the rest is their own.
-OUTPUTS = ("x", "xw", "ssq", "q", "y", "h", "logits", "ids", "logprobs")
+OUTPUTS = ("x", "xw", "ssq", "q", "y", "h", "hidden", "logits", "ids", "logprobs")
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 
@@ -122,7 +124,7 @@ class Device:
     def run_one(self, launch: int, step: str) -> dict[str, float]:
         """Launch one of the table on both, from the same memory; the largest error of each output,
         as a share of what bf16 allows there. Raises AssertionError beyond it."""
-        runs = STEPS[step]
+        runs, hidden = STEPS[step], self.table.launches[launch].slot == "final_norm"
         if step == "decode":  # what it attends to
             self.simulator.step(*_parts(STEPS["prefill"]))
         self.simulator.only = range(launch)
@@ -130,9 +132,9 @@ class Device:
         for name, array in self.memory():
             self.copy("sl_poke", name, np.ascontiguousarray(array))
         self.simulator.only = range(launch, launch + 1)
-        self.simulator.step(*_parts(runs))
+        self.simulator.step(*_parts(runs), hidden=hidden)
         self._call("sl_launch_range", launch, launch + 1)
-        self.model.step(_batch(runs))
+        self.launch(_batch(runs), hidden)
         kinds = buffer_kinds(self.table)
         errors = {}
         for name, want in self.memory():
@@ -146,6 +148,14 @@ class Device:
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] <= 1, f"{worst} is off by {errors[worst]:.3g} times its bound"
         return errors
+
+    def launch(self, batch: StepBatch, hidden: bool) -> None:
+        """A step, or one that gives hidden states out."""
+        if not hidden:
+            self.model.step(batch)
+            return
+        width = self.bundle.manifest.shape.hidden_size
+        self.model.hidden(batch, np.empty((batch.num_tokens, width), np.float32))
 
 
 def error_share(found: np.ndarray, want: np.ndarray, kind: str) -> float:
@@ -266,8 +276,19 @@ def check_speed(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
+    """Stock vLLM and SinterLM inside it: scripts/vllm_ab.py."""
+    folder = args.output / args.model
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(named_configs()[args.model]))
+    command = [sys.executable, ROOT / "scripts/vllm_ab.py", TRAINED, folder]
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
 CHECKS = {"load": check_load, "op": check_op, "model": check_model,
-          "invariance": check_invariance, "speed": check_speed}  # fmt: skip
+          "invariance": check_invariance, "speed": check_speed, "vllm": check_vllm}  # fmt: skip
 
 
 def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
@@ -290,11 +311,13 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     yield "load", 600
     for model in (str(TRAINED), args.model):
         table, _ = read_archive(archive_of(bundle_of(args, model).library_path.read_bytes()))
-        head = len(table.launches) - 2
-        launches = [*range(6), head, head + 1][: args.stop_after_op or None]
+        head = len(table.launches) - 3
+        launches = [*range(6), head, head + 1, head + 2][: args.stop_after_op or None]
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
     yield from (("model", 600), ("invariance", 600), ("speed", 1800))
+    if importlib.util.find_spec("vllm") is not None:
+        yield "vllm", 3600
 
 
 def run(args: argparse.Namespace, check: str, limit: float) -> Result:

@@ -262,7 +262,7 @@ def attention(
 def draw(
     xw: np.ndarray, ssq: np.ndarray, rows: list[int], w: np.ndarray, temperature: list[float],
     seeds: list[int], draws: list[int], tile: Tile, slots: list[int] | None = None,
-    form: GemmFormat | None = None,
+    form: GemmFormat | None = None, is_normed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """xw[T, H], w[V, H] -> (logits[R, V], ids[R], logprobs[R], drawn[slots])."""
     count, (vocab, hidden) = len(rows), w.shape
@@ -280,7 +280,8 @@ def draw(
         "lm_head", (-(-count // tile.BM) * blocks,),
         {"xw": to_bf16(xw), "ssq": ssq, "rows": np.array(rows, np.int32), **stored,
          "temperature": np.array(temperature, np.float32), "seeds": np.array(seeds, np.uint64),
-         "draws": np.array(draws, np.int32), "logits": logits, "num_rows": count, **best},
+         "draws": np.array(draws, np.int32), "logits": logits, "num_rows": count,
+         "is_normed": int(is_normed), **best},
         {"H": hidden, "V": vocab, "VP": padded, "EPS": EPS, "KEEP_LOGITS": True, **constants,
          **tile.constants(split=False)},
     )  # fmt: skip
@@ -292,6 +293,22 @@ def draw(
         {"BLOCKS": blocks, "WIDTH": width},
     )  # fmt: skip
     return logits[:, :vocab], ids, logprobs, drawn
+
+
+def final_norm(
+    x: np.ndarray, ssq: np.ndarray, norm: np.ndarray, stride: int, width: int
+) -> np.ndarray:
+    """x[T, H] -> hidden[T, H], written to rows of ``stride``; nothing else may be touched."""
+    rows, hidden = x.shape
+    out = nan16(rows + 1, stride)
+    run_kernel(
+        "final_norm", (rows, hidden // width),
+        {"x": np.concatenate([x, nan32(1, hidden)]).astype("f4"), "ssq": ssq, "norm": norm,
+         "hidden": out, "hidden_stride": stride},
+        {"H": hidden, "EPS": EPS, "BN": width},
+    )  # fmt: skip
+    assert (out[rows] == NAN16).all() and (out[:, hidden:] == NAN16).all()
+    return from_bf16(out[:rows, :hidden])
 
 
 def embed(

@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sinterlm.backends.gpu.simulator import Part, Simulator
+from sinterlm.errors import RuntimeFault, UsageError
 from sinterlm.runtime.batch import StepBatch
-from sinterlm.runtime.model import Model
+from sinterlm.runtime.device import (
+    BindArgs,
+    DeviceModel,
+    DeviceStep,
+    EnqueueArgs,
+    EnqueueHeadArgs,
+    PagedTensors,
+)
+from sinterlm.runtime.opening import StepSizes
 from tests.gpu.host import PAGES, PROMPTS, Machine, batch
 
-
-class BindArgs(ctypes.Structure):
-    """``sl_bind_args`` of abi_device.h."""
-
-    _fields_ = (("size", ctypes.c_uint32), ("stream", ctypes.c_void_p),
-                ("workspace", ctypes.c_void_p), ("workspace_bytes", ctypes.c_uint64))  # fmt: skip
-
-
-class EnqueueArgs(ctypes.Structure):
-    """``sl_enqueue_args`` of abi_device.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint32) for name in ("size",)),
-        *((name, ctypes.c_int32) for name in ("num_tokens", "num_seqs", "num_sample_rows",
-                                              "is_decode")),
-        *((name, ctypes.c_void_p) for name in (
-            "token_ids", "positions", "kv_slots", "page_table", "query_start", "context_lens",
-            "sample_rows")),
-        ("page_table_stride", ctypes.c_int32), ("page_tokens", ctypes.c_int32),
-        ("page_stride", ctypes.c_int64), ("token_stride", ctypes.c_int32),
-        ("head_stride", ctypes.c_int32), ("k_base", ctypes.c_void_p), ("v_base", ctypes.c_void_p),
-        ("out_logits", ctypes.c_void_p), ("out_tokens", ctypes.c_void_p),
-    )  # fmt: skip
+SIZES = StepSizes(max_tokens=16, max_seqs=8, max_sample_rows=8, max_model_len=64)
 
 
 class Caller:
     """A host with allocator, stream and KV tensors of its own: [K, V][page][token][head][D]."""
 
-    def __init__(self, machine: Machine, model: Model, pages: int = 16) -> None:
-        self.machine, self.model, self.driver = machine, model, machine.driver
-        self.dll = ctypes.CDLL(str(machine.library))
-        self.dll.sl_last_error.restype = ctypes.c_char_p
+    def __init__(self, machine: Machine, pages: int = 16, *, own_weights: bool = True) -> None:
+        self.machine, self.driver = machine, machine.driver
         self.stream = self.driver.stream()
+        weights = self.put(machine.tiny.packed) if own_weights else None
+        self.model = DeviceModel(machine.bundle(), SIZES, weights)
         config = machine.tiny.graph.config
-        self.heads, self.dim, self.layers = config.num_kv_heads, config.head_dim, config.num_layers
-        half = pages * 16 * self.heads * self.dim * 2
-        kv = [self.alloc(2 * half) for _ in range(self.layers)]
-        self.k = (ctypes.c_void_p * self.layers)(*kv)
-        self.v = (ctypes.c_void_p * self.layers)(*(base + half for base in kv))
+        heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
+        half = pages * 16 * heads * dim * 2
+        kv = [self.alloc(2 * half) for _ in range(layers)]
+        self.kv = PagedTensors(
+            tuple(kv), tuple(base + half for base in kv), 16, 16 * heads * dim, heads * dim, dim
+        )
+        self.vocab, self.padded = config.vocab_size, -(-config.vocab_size // 64) * 64
+        self.hidden_size = config.hidden_size
 
     def alloc(self, size: int) -> int:
         return self.driver._block(self.driver.memory, size)
@@ -60,79 +51,154 @@ class Caller:
         self.driver.bytes_from(address)[: values.nbytes] = np.frombuffer(values, np.uint8)
         return address
 
-    def bind(self, workspace: int = 0, size: int = 0) -> int:
-        size = size or self.model.describe()["workspace_bytes"]
-        args = BindArgs(ctypes.sizeof(BindArgs), self.stream, workspace or self.alloc(size), size)
-        return int(self.dll.sl_bind(ctypes.c_void_p(self.model._handle), ctypes.byref(args)))
+    def bind(self) -> None:
+        self.model.bind(self.stream, self.alloc(self.model.workspace_bytes))
+        self.model.use_kv(self.kv)
 
-    def enqueue(self, step: StepBatch) -> tuple[int, int, int]:
-        """(status, address of logits, of tokens)."""
+    def step(self, step: StepBatch, padding: int = 0) -> DeviceStep:
+        """``step`` on the device, with ``padding`` more rows and sequences, as graphs have them."""
         owner = np.repeat(np.arange(step.num_seqs), np.diff(step.query_start))
         page = step.page_table[owner, step.positions // 16]
-        places = {"token_ids": step.token_ids, "positions": step.positions,
-                  "kv_slots": (page * 16 + step.positions % 16).astype(np.int32),
-                  "page_table": step.page_table, "query_start": step.query_start,
-                  "context_lens": step.context_lens, "sample_rows": step.sample_rows}  # fmt: skip
-        rows = len(step.sample_rows)
-        padded = -(-self.machine.tiny.graph.config.vocab_size // 64) * 64
-        logits, tokens = self.alloc(4 * rows * padded), self.alloc(4 * rows + 16)
-        args = EnqueueArgs(
-            size=ctypes.sizeof(EnqueueArgs), num_tokens=step.num_tokens, num_seqs=step.num_seqs,
-            num_sample_rows=rows, is_decode=int(step.num_tokens == step.num_seqs),
-            **{name: self.put(values) for name, values in places.items()},
-            page_table_stride=step.page_table.shape[1], page_tokens=16,
-            page_stride=16 * self.heads * self.dim, token_stride=self.heads * self.dim,
-            head_stride=self.dim, k_base=ctypes.addressof(self.k), v_base=ctypes.addressof(self.v),
-            out_logits=logits, out_tokens=tokens,
+        slots = (page * 16 + step.positions % 16).astype(np.int32)
+        places = {
+            "token_ids": (step.token_ids, 0), "positions": (step.positions, 0),
+            "kv_slots": (slots, -1), "query_start": (step.query_start, step.num_tokens),
+            "context_lens": (step.context_lens, 0),
+        }  # fmt: skip
+        padded = {
+            name: self.put(np.append(values, np.full(padding, fill, np.int32)))
+            for name, (values, fill) in places.items()
+        }
+        table = np.pad(step.page_table, ((0, padding), (0, 0)))
+        return DeviceStep(
+            num_tokens=step.num_tokens + padding, num_seqs=step.num_seqs + padding,
+            is_decode=step.num_tokens == step.num_seqs, page_table=self.put(table),
+            page_table_stride=table.shape[1], **padded,
         )  # fmt: skip
-        status = self.dll.sl_enqueue(ctypes.c_void_p(self.model._handle), ctypes.byref(args))
-        return int(status), logits, tokens
 
-    def read(self, address: int, dtype: type, count: int) -> np.ndarray:
-        size = np.dtype(dtype).itemsize * count
-        return self.driver.bytes_from(address, size)[:size].view(dtype).copy()
-
-
-@pytest.fixture
-def borrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open with SL_OPEN_BORROW."""
-    from sinterlm.runtime import library
-
-    monkeypatch.setattr(library, "OPEN_HUGE_PAGES", library.OPEN_HUGE_PAGES | 4)
+    def read(self, address: int, dtype: type, *shape: int) -> np.ndarray:
+        size = np.dtype(dtype).itemsize * int(np.prod(shape))
+        return self.driver.bytes_from(address, size)[:size].view(dtype).reshape(shape).copy()
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("borrow")
-def test_on_a_stream_and_in_memory_of_the_callers(machine: Machine) -> None:
-    """Eagerly, then captured by the caller and replayed: the simulator's logits, and no call but
-    launches."""
+@pytest.mark.parametrize("own_weights", [True, False])
+def test_hidden_states_and_logits_on_a_stream_of_the_callers(
+    machine: Machine, own_weights: bool
+) -> None:
+    """Eagerly, then a padded decode captured by the caller and replayed, in rows of a wider tensor:
+    the simulator's bits, and no call but launches."""
     simulator = Simulator(machine.table, machine.tiny.packed, machine.tiny.graph.config.rope)
-    vocab = machine.tiny.graph.config.vocab_size
-    with machine.open() as model:
-        caller = Caller(machine, model)
-        first = batch((0, 0, PROMPTS[0]), (1, 0, PROMPTS[1]))
-        assert caller.enqueue(first)[0] != 0, "a step without sl_bind"
-        assert caller.bind() == 0
-        status, logits, tokens = caller.enqueue(first)
-        assert status == 0
-        want = simulator.step(*(Part(PAGES[s], 0, PROMPTS[s], slot=s) for s in (0, 1)))
-        found = caller.read(logits, np.float32, 2 * 192).reshape(2, -1)[:, :vocab]
-        assert np.array_equal(found, want.logits)
-        ids = caller.read(tokens, np.int32, 2)
-        assert ids.tolist() == want.ids.tolist()
+    caller = Caller(machine, own_weights=own_weights)
+    model, driver, width = caller.model, machine.driver, caller.hidden_size
+    with model:
+        first = caller.step(batch((0, 0, PROMPTS[0]), (1, 0, PROMPTS[1])))
+        hidden = caller.alloc(2 * 16 * width)
+        with pytest.raises(UsageError, match="use_kv"):
+            model.enqueue(first, caller.stream, hidden, width)
+        model.use_kv(caller.kv)
+        with pytest.raises(RuntimeFault, match="sl_bind comes before the first step"):
+            model.enqueue(first, caller.stream, hidden, width)
+        caller.bind()
+        model.enqueue(first, caller.stream, hidden, width)
+        want = simulator.step(*(Part(PAGES[s], 0, PROMPTS[s], slot=s) for s in (0, 1)), hidden=True)
+        found = caller.read(hidden, np.uint16, 8, width)
+        assert np.array_equal(found, want.hidden)
 
-        decode = batch((0, 7, ids[:1].tolist()), (1, 1, ids[1:].tolist()))
-        machine.driver.on_capture_begin(caller.stream, 1)
-        before = len(machine.driver.calls)
-        status, logits, tokens = caller.enqueue(decode)
-        graph = machine.driver._handle(machine.driver.capturing.pop(caller.stream))
-        assert status == 0
-        assert set(machine.driver.calls[before:]) <= {"launch", "set_device", "set_context"}
-        machine.driver.on_graph_launch(graph, caller.stream)
-        want = simulator.step(Part(PAGES[0], 7, [-1], slot=0), Part(PAGES[1], 1, [-1], slot=1))
-        assert caller.read(tokens, np.int32, 2).tolist() == want.ids.tolist()
-        found = caller.read(logits, np.float32, 2 * 192).reshape(2, -1)[:, :vocab]
-        assert np.array_equal(found, want.logits)
-        assert caller.bind(size=64) != 0
-        assert b"workspace_bytes is 64" in caller.dll.sl_last_error()
+        rows = caller.put(found[[6, 7]])
+        logits = caller.alloc(4 * 2 * caller.padded)
+        model.enqueue_head(rows, 2, caller.stream, logits)
+        drawn = simulator.head(want.hidden[[6, 7]])
+        found = caller.read(logits, np.float32, 2, caller.padded)[:, : caller.vocab]
+        assert np.array_equal(found, drawn.logits)
+        ids = found.argmax(1).tolist()
+        assert ids == drawn.ids.tolist()
+
+        decode = caller.step(batch((0, 7, ids[:1]), (1, 1, ids[1:])), padding=2)
+        wide = caller.alloc(2 * 4 * (width + 16))
+        other = driver.stream()
+        driver.on_capture_begin(other, 1)
+        before = len(driver.calls)
+        model.enqueue(decode, other, wide, width + 16)
+        graph = driver._handle(driver.capturing.pop(other))
+        assert set(driver.calls[before:]) <= {"launch", "set_device", "set_context"}
+        driver.on_graph_launch(graph, other)
+        want = simulator.step(Part(PAGES[0], 7, ids[:1], slot=0),
+                              Part(PAGES[1], 1, ids[1:], slot=1), hidden=True)  # fmt: skip
+        found = caller.read(wide, np.uint16, 4, width + 16)
+        assert np.array_equal(found[:2, :width], want.hidden)
+        assert (found[:, width:] == 0xFFFF).all(), "something between the rows was written"
+    assert driver.faults == []
+
+
+def test_what_is_wrong_is_said(machine: Machine) -> None:
+    machine.driver.run = lambda launched: None
+    caller = Caller(machine)
+    width, stream = caller.hidden_size, caller.stream
+    caller.bind()
+    step, out = caller.step(batch((0, 0, [5, 17]))), caller.alloc(4096)
+    refused = [
+        ((replace(step, num_tokens=17), stream, out, width), r"num_tokens is 17"),
+        ((replace(step, is_decode=True), stream, out, width), "is_decode with 2 tokens of 1"),
+        ((step, stream, out, width - 16), r"hidden_stride is 48 and must be in \[64,"),
+        ((step, stream, out, 1 << 30), "hidden_stride is"),
+        ((step, stream, out, width + 8), "hidden_stride is 72 and must be a multiple of 16"),
+        ((step, stream, out + 8, width), "out_hidden is at .* not aligned to 16 bytes"),
+    ]
+    for args, told in refused:
+        with pytest.raises(RuntimeFault, match=told):
+            caller.model.enqueue(*args)
+    far = replace(caller.kv, head_stride=1 << 30)
+    caller.model.use_kv(far)
+    with pytest.raises(RuntimeFault, match="lead 2147484672 elements into a page"):
+        caller.model.enqueue(step, stream, out, width)
+    caller.model.use_kv(caller.kv)
+    for args, told in (((out, 9, stream, out), "num_rows is 9"), ((0, 1, stream, out), "hidden"),
+                       ((out + 2, 1, stream, out), "hidden is at")):  # fmt: skip
+        with pytest.raises(RuntimeFault, match=told):
+            caller.model.enqueue_head(*args)
+    with pytest.raises(RuntimeFault, match="not aligned to 256 bytes"):
+        caller.model.bind(stream, caller.alloc(caller.model.workspace_bytes + 256) + 16)
+    with pytest.raises(UsageError, match="addresses of 1 and 1 layers"):
+        caller.model.use_kv(replace(caller.kv, k=(1,), v=(1,)))
+    args = BindArgs(ctypes.sizeof(BindArgs), stream, out, 64)
+    with pytest.raises(RuntimeFault, match="workspace_bytes is 64 and must be"):
+        caller.model._library.call("sl_bind", caller.model._handle, ctypes.byref(args))
+    caller.model.close()
+    with pytest.raises(UsageError, match="closed"):
+        caller.model.enqueue(step, stream, out, width)
+    assert machine.driver.faults == []
+
+
+@pytest.mark.slow
+def test_greedy_tokens_and_logits_of_one_call(machine: Machine) -> None:
+    """What ``DeviceModel`` leaves out of the interface: ids drawn on the device, of steps and of
+    heads."""
+    simulator = Simulator(machine.table, machine.tiny.packed, machine.tiny.graph.config.rope)
+    caller = Caller(machine)
+    caller.bind()
+    model, kv = caller.model, caller.kv
+    step = batch((0, 0, PROMPTS[0]), (1, 0, PROMPTS[1]))
+    given = vars(caller.step(step))
+    k, v = ((ctypes.c_void_p * len(kv.k))(*of) for of in (kv.k, kv.v))
+    logits, ids, hidden = caller.alloc(8 * caller.padded), caller.alloc(16), caller.alloc(4096)
+    args = EnqueueArgs(
+        size=ctypes.sizeof(EnqueueArgs), stream=caller.stream, num_sample_rows=2, page_tokens=16,
+        page_stride=kv.page_stride, token_stride=kv.token_stride, head_stride=kv.head_stride,
+        k_base=ctypes.addressof(k), v_base=ctypes.addressof(v), out_logits=logits, out_tokens=ids,
+        out_hidden=hidden, hidden_stride=caller.hidden_size, **given,
+        sample_rows=caller.put(step.sample_rows),
+    )  # fmt: skip
+    model._library.call("sl_enqueue", model._handle, ctypes.byref(args))
+    want = simulator.step(*(Part(PAGES[s], 0, PROMPTS[s], slot=s) for s in (0, 1)), hidden=True)
+    found = caller.read(logits, np.float32, 2, caller.padded)[:, : caller.vocab]
+    assert np.array_equal(found, want.logits)
+    assert caller.read(ids, np.int32, 2).tolist() == want.ids.tolist()
+    head = EnqueueHeadArgs(
+        ctypes.sizeof(EnqueueHeadArgs), caller.stream, 2, caller.put(want.hidden[[6, 7]]), logits,
+        ids,
+    )  # fmt: skip
+    model._library.call("sl_enqueue_head", model._handle, ctypes.byref(head))
+    drawn = simulator.head(want.hidden[[6, 7]])
+    assert caller.read(ids, np.int32, 2).tolist() == drawn.ids.tolist()
     assert machine.driver.faults == []

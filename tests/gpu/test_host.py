@@ -15,13 +15,14 @@ from sinterlm import LLM, SamplingParams
 from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
-from sinterlm.backends.gpu.simulator import Simulator
+from sinterlm.backends.gpu.simulator import Part, Simulator
 from sinterlm.compile import compile_model
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault
+from sinterlm.ir.bf16 import from_bf16
 from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling
 from tests.conftest import ROOT
-from tests.gpu.host import PROMPTS, Machine, batch, steps_of
+from tests.gpu.host import PAGES, PROMPTS, Machine, batch, steps_of
 from tests.gpu.recording import Launched, RecordingDriver, build_driver
 
 pytestmark = pytest.mark.usefixtures("triton")
@@ -47,7 +48,7 @@ def test_a_generation_is_the_simulators(machine: Machine) -> None:
         assert facts["device"] == "fake device"
     assert machine.driver.faults == []
     kinds = [launched.kernel.name for launched in machine.driver.trace]
-    assert len(kinds) == 4 * len(machine.table.launches)
+    assert len(kinds) == 4 * machine.table.per_step
     assert machine.driver.calls.count("capture_begin") == 1
     assert machine.driver.memory == {} and machine.driver.pinned == {}, "something was kept"
     left = [h for h in machine.driver.handles.values() if h != "context"]
@@ -63,7 +64,7 @@ def test_a_step_waits_and_copies_but_never_allocates(machine: Machine) -> None:
         for i in range(3):
             model.step(batch((0, 2 + i, [-1]), (1, 1 + i, [-1]), logits=False))
         calls = machine.driver.calls[before:]
-    launches = len(machine.table.launches)
+    launches = machine.table.per_step
     forbidden = {"allocate", "release", "host_allocate", "host_release", "module_load"}
     assert not forbidden & set(calls)
     assert calls.count("launch") == 2 * launches  # eagerly, then while capturing
@@ -97,6 +98,22 @@ def test_rows_that_the_device_does_not_draw(machine: Machine) -> None:
         drawn = [int(model.step(batch((1, 0, PROMPTS[0]), sampling=replace(warm, seed=seed))
                                 ).tokens[0]) for seed in range(4)]  # fmt: skip
         assert len(set(drawn)) > 1, "the seed does nothing"
+    assert machine.driver.faults == []
+
+
+def test_hidden_states_and_the_head(machine: Machine) -> None:
+    """As a CPU's library gives and takes them, in fp32; more rows than a step samples."""
+    simulator = Simulator(machine.table, machine.tiny.packed, machine.tiny.graph.config.rope)
+    with machine.open(max_sample_rows=4) as model:
+        model.alloc_kv(16, 16)
+        found = np.full((8, machine.tiny.graph.config.hidden_size), np.nan, np.float32)
+        model.hidden(batch((0, 0, PROMPTS[0]), (1, 0, PROMPTS[1])), found)
+        want = simulator.step(*(Part(PAGES[s], 0, PROMPTS[s], slot=s) for s in (0, 1)), hidden=True)
+        assert np.array_equal(found, from_bf16(want.hidden))
+        logits = model.head(found)
+        assert np.array_equal(logits, simulator.head(want.hidden).logits)
+        # The caches are those of an ordinary step.
+        steps_of(model, simulator, [(0, 7, [4]), (1, 1, [5])])
     assert machine.driver.faults == []
 
 
@@ -171,8 +188,6 @@ def test_what_is_wrong_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ResourceError, match="for the KV cache: the device is out of memory"):
             model.alloc_kv(1 << 20, 16)
         model.alloc_kv(16, 16)
-        with pytest.raises(RuntimeFault, match="hidden states are not copied out"):
-            model.hidden(batch((0, 0, [5])), np.empty((1, 64), np.float32))
         driver.lost = True
         with pytest.raises(RuntimeFault, match=r"running the step: .* error 700 \(text of 700\)"):
             model.step(batch((0, 0, [5])))

@@ -283,6 +283,20 @@ def test_a_sequence_of_padding_is_left_alone() -> None:
     assert np.isnan(y[1]).all()
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_sequences_without_tokens_are_left_alone(decode: bool) -> None:
+    """As a padded batch of a graph has them: rows behind the last sequence's, contexts of 0."""
+    step, q, want = attention_case(4, 1, 32, 16, [1, 1], [20, 7], 0)
+    step.query_start = np.array([0, 1, 2, 2, 2], np.int32)
+    step.context_lens = np.array([20, 7, 0, 0], np.int32)
+    step.queries = [1, 1, 0, 0]
+    step.table = np.concatenate([step.table, np.full_like(step.table, -(10**6))])
+    q = np.concatenate([q, np.full_like(q, np.nan)])
+    y = oplib.attention(step, q, 4, 0, 2 if decode else 1, decode=decode)
+    check_attention(y[:2], want)
+    assert np.isnan(y[2:]).all()
+
+
 def attention_case(
     group: int, kv_heads: int, dim: int, page: int, queries: list[int], contexts: list[int],
     window: int,

@@ -11,7 +11,7 @@ from sinterlm.backends.gpu.simulator import Part
 from sinterlm.backends.gpu.table import Axis, Table
 from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.errors import UnsupportedModelError
-from sinterlm.ir.bf16 import to_bf16
+from sinterlm.ir.bf16 import from_bf16, to_bf16
 from sinterlm.ir.plan import PackedTensor, Segment
 from sinterlm.ir.quant import GemmFormat, PanelShape
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
@@ -30,8 +30,10 @@ INT4 = Scheme(4, act="graph")
 @pytest.mark.parametrize("scheme", [None, INT4], ids=["bf16", "int4"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_five_launches_per_layer_and_three(name: str, scheme: Scheme, device: str) -> None:
+    """And one more that gives hidden states out."""
     table = tiny(name, device, scheme).table
-    assert len(table.launches) == 5 * CONFIGS[name].num_layers + 3
+    assert table.per_step == 5 * CONFIGS[name].num_layers + 3
+    assert len(table.launches) == table.per_step + 1
     assert Table.from_text(table.to_text()) == table
 
 
@@ -183,7 +185,50 @@ def test_a_model_runs_from_its_table(
     advance([(2, 0, prompts[2]), (0, 11, texts[0][-1:])], feed=False)
     for _ in range(steps):
         advance([(s, len(texts[s]) - 1, texts[s][-1:]) for s in (0, 1, 2)], feed=True)
-    assert simulator.launches == (2 + steps) * len(model.table.launches)
+    assert simulator.launches == (2 + steps) * model.table.per_step
+
+
+def last_norm(reference: Reference, batch: RefBatch) -> np.ndarray:
+    """Final-normed hidden states [T, H] by the oracle."""
+    values, op = reference.step(batch, RefCache()), reference.graph.ops[-1]
+    mean = values[op.ssq].astype("f8").sum(1, keepdims=True) / reference.graph.config.hidden_size
+    return values[op.xw] / np.sqrt(mean + op.eps)
+
+
+def test_hidden_states_have_room_where_h_is_narrow() -> None:
+    made = plan(plain_graph(config(hidden=256, head_dim=32, ffn=64), "bf16"), order="tiles")
+    table = launch_table(made, DEVICES["gfx942"])
+    spans = {b.name: (b.offset, b.offset + b.nbytes) for b in table.buffers if b.unit == "T"}
+    first, last = spans.pop("hidden")
+    assert last - first == 512
+    assert all(end <= first or last <= begin for begin, end in spans.values())
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("llama-tied", marks=pytest.mark.slow)])
+def test_hidden_states_and_the_head_that_takes_them(name: str) -> None:
+    """Hidden states of all rows against the oracle's; the head draws from them what the step drew,
+    up to the rounding of the last norm."""
+    model = tiny(name, "gfx942")
+    simulator = model.simulator()
+    reference = Reference(model.plan.graph, model.weights, "bf16")
+    exact = Reference(model.plan.graph, model.weights, "fp32")
+    runs = [(0, 0, [5, 17, 99, 3, 120]), (1, 0, [1])]
+    batch = RefBatch.of(*runs)
+    want, wide = (last_norm(r, batch) for r in (reference, exact))
+    drawn = simulator.step(Part([3], 0, runs[0][2]), Part([0], 0, [1], slot=1), hidden=True)
+    assert simulator.launches == len(model.table.launches)
+    found = from_bf16(drawn.hidden)
+    assert found.shape == (6, CONFIGS[name].hidden_size)
+    bound = 4 * np.abs(want - wide).max() + 2.0**-8 * np.abs(found).max()
+    assert np.abs(found - want).max() <= bound
+    rows = drawn.hidden[[4, 5]]
+    again = simulator.head(rows)
+    weights = from_bf16(to_bf16(model.weights[reference.graph.ops[-1].weight]))
+    truth = from_bf16(rows).astype("f8") @ weights.astype("f8").T
+    assert np.abs(again.logits - truth).max() <= 2e-6 * np.abs(truth).max() + 1e-6
+    assert again.ids.tolist() == truth.argmax(1).tolist()
+    assert simulator.step(Part([3], 5, [7])).hidden.shape[0] == 0
 
 
 @pytest.mark.slow

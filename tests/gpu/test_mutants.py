@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
 from tests.gpu.oplib import Tile
 
@@ -65,6 +66,14 @@ def _embed() -> None:
     kernels.test_embed(True, 64)
 
 
+def _normed_head() -> None:
+    hidden.test_a_head_of_normed_rows()
+
+
+def _final_norm() -> None:
+    hidden.test_final_norm(5, 192, 208, 64)
+
+
 def _codes(form: str) -> Callable[[], None]:
     tile = Tile(BN=16, SPLIT=4)
     return lambda: kernels.test_residual_of_codes(kernels.FORMS[form], 3, 320, 64, tile)
@@ -114,6 +123,12 @@ MUTANTS = [
     Mutant("mass not rescaled", "sample.py", "mass * tl.exp(top - highest)", "mass", _head),
     Mutant("padding may win", "sample.py", "real = (n < V)[None, :]",
            "real = (n < VP)[None, :]", _head),
+    Mutant("normed rows normed again", "sample.py", "is_normed != 0, 1.0, scale",
+           "is_normed > 9, 1.0, scale", _normed_head),
+    Mutant("last norm's weight left out", "norm.py", "scale * tl.load(norm + n)",
+           "scale + 0 * tl.load(norm + n)", _final_norm),
+    Mutant("rows of hidden states packed", "norm.py", "m[:, None] * hidden_stride",
+           "m[:, None] * H", _final_norm),
     Mutant("noise of the neighbour", "sample.py", "gumbel(seed, draw, n)",
            "gumbel(seed, draw, n + 1)", _head),
     Mutant("drawn token ignored", "norm.py", "tl.load(drawn + tl.load(slots + row))",

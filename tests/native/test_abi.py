@@ -17,14 +17,17 @@ import pytest
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
+from sinterlm.runtime import device
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import RowSampling, StepBatch
-from sinterlm.runtime.library import STRUCTS, Library
+from sinterlm.runtime.library import Library
 from sinterlm.runtime.model import Model
 from tests.native.conftest import Build, MakeTiny
 from tests.native.tiny import MAX_LEN, Tiny, bundle_of, prefill, step_batch, write_weights
 
 HEADER = (INCLUDE_DIRS[1] / "abi.h").read_text()
+#: Header -> the structs of its ctypes face.
+FACES = {"abi.h": abi.STRUCTS, "abi_device.h": device.STRUCTS}
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +36,31 @@ def model_of(tiny: MakeTiny) -> Tiny:
 
 
 class TestHeader:
-    def test_structs_have_one_layout(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("header", FACES)
+    def test_structs_have_one_layout(self, header: str, tmp_path: Path) -> None:
         """Sizes and offsets as a C compiler sees them."""
         lines = []
-        for name, struct in STRUCTS.items():
+        for name, struct in FACES[header].items():
             lines.append(f'printf("%zu\\n", sizeof({name}));')
             fields = [field[0] for field in struct._fields_]
             lines += [f'printf("%zu\\n", offsetof({name}, {field}));' for field in fields]
-        source = '#include "abi.h"\n#include <cstddef>\n#include <cstdio>\n'
+        source = f'#include "{header}"\n#include <cstddef>\n#include <cstdio>\n'
         (tmp_path / "layout.cpp").write_text(f"{source}int main() {{ {' '.join(lines)} }}")
         command = [*find_compiler().command, f"-I{INCLUDE_DIRS[1]}", "layout.cpp", "-o", "layout"]
         subprocess.run(command, cwd=tmp_path, check=True)
         out = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True)
         ours = []
-        for struct in STRUCTS.values():
+        for struct in FACES[header].values():
             ours += [ctypes.sizeof(struct)]
             ours += [getattr(struct, field[0]).offset for field in struct._fields_]
         assert ours == [int(n) for n in out.stdout.split()]
 
-    def test_every_field_is_there(self) -> None:
+    @pytest.mark.parametrize("header", FACES)
+    def test_every_field_is_there(self, header: str) -> None:
         """Names and order, from the header's text."""
-        for name, struct in STRUCTS.items():
-            match = re.search(rf"typedef struct {name} \{{(.*?)\}} {name};", HEADER, re.S)
+        text = (INCLUDE_DIRS[1] / header).read_text()
+        for name, struct in FACES[header].items():
+            match = re.search(rf"typedef struct {name} \{{(.*?)\}} {name};", text, re.S)
             assert match is not None
             body = re.sub(r"/\*.*?\*/", "", match[1], flags=re.S)
             fields = re.findall(r"(\w+)\s*;", body)
@@ -65,9 +71,10 @@ class TestHeader:
         library = Library(model_of.bundle.library_path)
         assert '"layout_hash"' in library.describe(None)
 
-    def test_is_c(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("header", FACES)
+    def test_is_c(self, header: str, tmp_path: Path) -> None:
         """The header promises C to hosts that are not written in C++."""
-        (tmp_path / "c.c").write_text('#include "abi.h"\nint main(void) { return SL_OK; }\n')
+        (tmp_path / "c.c").write_text(f'#include "{header}"\nint main(void) {{ return SL_OK; }}\n')
         command = [*find_compiler().command, "-x", "c", "-std=c99", "-Wall", "-Werror", "-c"]
         subprocess.run([*command, f"-I{INCLUDE_DIRS[1]}", "c.c"], cwd=tmp_path, check=True)
 

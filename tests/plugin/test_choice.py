@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,9 +27,20 @@ class Metadata:
     block_table: Any
 
 
+@dataclass
+class GpuMetadata:
+    num_actual_tokens: int
+    max_query_len: int
+    query_start_loc: Any
+    seq_lens: Any
+    block_table: Any
+    slot_mapping: Any
+
+
 class Attention:
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int,
-                 cache_config: Any = None, prefix: str = "") -> None:  # fmt: skip
+                 cache_config: Any = None, prefix: str = "", attn_backend: Any = None
+                 ) -> None:  # fmt: skip
         """Takes what vLLM's takes."""
 
 
@@ -49,7 +60,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         "vllm.distributed.parallel_state": {"get_tp_group": print},
         "vllm.forward_context": {"get_forward_context": print, "ForwardContext": Context},
         "vllm.model_executor.layers.attention": {"Attention": Attention},
+        "vllm.platforms": {"current_platform": SimpleNamespace(device_type="cpu")},
         "vllm.v1.attention.backends.cpu_attn": {"CPUAttentionMetadata": Metadata},
+        "vllm.v1.attention.backends.triton_attn": {
+            "TritonAttentionBackend": print,
+            "TritonAttentionMetadata": GpuMetadata,
+        },
         "vllm.model_executor.models.llama": {"LlamaForCausalLM": Stock},
         "sinterlm.plugin.models": {"SinterLlamaForCausalLM": Ours},
     }
@@ -92,6 +108,16 @@ def test_vllms_where_a_field_a_parameter_or_a_module_is_gone(
     monkeypatch.setitem(sys.modules, "vllm.logger", None)  # Python's mark of no such module
     assert "vllm.logger (" in (choice.absent() or "")
     assert chosen() is Stock
+
+
+def test_on_a_gpu_other_things_are_needed(
+    fakes: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vars(fakes["vllm.platforms"])["current_platform"] = SimpleNamespace(device_type="cuda")
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.cpu_attn", None)
+    assert chosen() is Ours
+    vars(fakes["vllm.v1.attention.backends.triton_attn"])["TritonAttentionMetadata"] = Metadata
+    assert "TritonAttentionMetadata, its field max_query_len" in (choice.absent() or "")
 
 
 def test_every_architecture_has_a_class_to_fall_back_to() -> None:

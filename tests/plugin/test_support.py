@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sinterlm.plugin.support import compile_options, refusal
+from sinterlm.plugin.support import Accelerator, compile_options, refusal
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -19,6 +19,8 @@ def config(**changes: Any) -> SimpleNamespace:
             quantization=None, hf_overrides={}, enable_prompt_embeds=False, max_model_len=512,
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+        compilation_config=SimpleNamespace(mode=SimpleNamespace(name="VLLM_COMPILE")),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         load_config=SimpleNamespace(load_format="auto"),
         lora_config=None,
@@ -72,3 +74,37 @@ def test_a_rank_compiles_its_part() -> None:
 )
 def test_what_is_left_to_vllm(change: dict[str, Any], told: str) -> None:
     assert told in (refusal(config(**change)) or "")
+
+
+MI300X = Accelerator("gfx942", "AMD Instinct MI300X", 0)
+
+
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = config(device__device_type="cuda")
+    assert refusal(cuda, MI300X) is None
+    assert compile_options(cuda, 0, MI300X).target == "gfx942"
+    assert refusal(cuda, Accelerator("sm_90", "NVIDIA H100", 0)) is None
+    assert compile_options(config(), 0).target == "cpu"
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    assert "VLLM_USE_BREAKABLE_CUDAGRAPH" in (refusal(cuda, MI300X) or "")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "change", "told"),
+    [
+        (Accelerator("gfx90a", "AMD Instinct MI250X", 0), {}, "no kernels for gfx90a (AMD Inst"),
+        (Accelerator("sm_80", "NVIDIA A100", 0), {}, "sm_80"),
+        (Accelerator("sm_90", "NVIDIA H100", 1), {}, "device 1 of this process"),
+        (MI300X, {"model__dtype": "torch.float32"}, "float32 is not supported on a GPU"),
+        (MI300X, {"parallel__tensor_parallel_size": 2}, "size 2 is not supported on a GPU"),
+        (MI300X, {"scheduler__max_num_seqs": 1024}, "give --max-num-seqs 256"),
+        (MI300X, {"parallel__enable_dbo": True}, "microbatches"),
+        (MI300X, {"compilation__mode": SimpleNamespace(name="STOCK_TORCH_COMPILE")}, "STOCK"),
+        (MI300X, {"lora_config": object()}, "LoRA"),
+        (MI300X, {"cache__cache_dtype": "fp8"}, "fp8"),
+    ],
+)
+def test_what_is_left_to_vllm_on_a_gpu(
+    accelerator: Accelerator, change: dict[str, Any], told: str
+) -> None:
+    assert told in (refusal(config(device__device_type="cuda", **change), accelerator) or "")

@@ -16,7 +16,8 @@ extern "C" {
 
 typedef struct sl_bind_args {
   uint32_t size;
-  void* stream;             /* hipStream_t or CUstream; all work goes there */
+  void* stream;             /* hipStream_t or CUstream: the workspace is filled there, which waits;
+                               sl_step and sl_head run there */
   void* workspace;          /* device, aligned to 256 bytes */
   uint64_t workspace_bytes; /* at least workspace_bytes of sl_describe(model) */
 } sl_bind_args;
@@ -24,6 +25,7 @@ typedef struct sl_bind_args {
 /* One step whose inputs are on the device already. Nothing is checked but what the host can see. */
 typedef struct sl_enqueue_args {
   uint32_t size;
+  void* stream; /* all work goes there, behind what another stream has of this model's */
   int32_t num_tokens;
   int32_t num_seqs;
   int32_t num_sample_rows;
@@ -44,12 +46,26 @@ typedef struct sl_enqueue_args {
   void* const* v_base; /* [layers] device */
   float* out_logits;   /* device [num_sample_rows][vocabulary rounded up to 64] */
   int32_t* out_tokens; /* device [num_sample_rows] the most likely ones; NULL = not wanted */
+  void* out_hidden;    /* device [num_tokens][hidden_stride] bf16, final-normed hidden states of all
+                          tokens; NULL = not wanted */
+  int32_t hidden_stride; /* elements, a multiple of 16 */
 } sl_enqueue_args;
 
+/* Logits of rows whose hidden states a step gave. */
+typedef struct sl_enqueue_head_args {
+  uint32_t size;
+  void* stream;
+  int32_t num_rows;    /* at most max_sample_rows of sl_open */
+  const void* hidden;  /* device [num_rows][H] bf16 */
+  float* out_logits;   /* device [num_rows][vocabulary rounded up to 64] */
+  int32_t* out_tokens; /* device [num_rows] the most likely ones; NULL = not wanted */
+} sl_enqueue_head_args;
+
 SL_API sl_status sl_bind(sl_model* model, const sl_bind_args* args);
-/* Enqueues a step on the bound stream. Neither waits nor allocates, so the stream may be being
- * captured. */
+/* Enqueue a step, or the head alone. Neither waits nor allocates, so the stream may be being
+ * captured. Rows of padding: slot -1, and sequences without tokens whose context is 0. */
 SL_API sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args);
+SL_API sl_status sl_enqueue_head(sl_model* model, const sl_enqueue_head_args* args);
 
 /* For whoever verifies kernels on a device: steps run the launches [first, last) of the table
  * alone, eagerly, and draw nothing (every token is -1); 0, 0 = steps are whole again. */

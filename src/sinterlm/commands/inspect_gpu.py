@@ -38,7 +38,7 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
         "device": table.device,
         "machines": DEVICES[table.device].machines,
         "tiles": read_tiles(table.device).status,
-        "per_step": len(table.launches),
+        "per_step": table.per_step,
         "per_layer": sum(launch.layer == 0 for launch in table.launches),
         "kernels": [_kernel(table, i, found.get(i)) for i in range(len(table.kernels))],
         "scratch": [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -31,8 +32,19 @@ _NEEDED = {
     "vllm.model_executor.layers.attention": (
         "Attention(num_heads head_size scale num_kv_heads cache_config prefix)",
     ),
+    "vllm.platforms": ("current_platform",),
+}
+_NEEDED_ON_CPU = {
     "vllm.v1.attention.backends.cpu_attn": (
         "CPUAttentionMetadata.num_actual_tokens query_start_loc seq_lens block_table",
+    ),
+}
+_NEEDED_ON_GPU = {
+    "vllm.model_executor.layers.attention": ("Attention(attn_backend)",),
+    "vllm.v1.attention.backends.triton_attn": (
+        "TritonAttentionBackend",
+        "TritonAttentionMetadata.num_actual_tokens max_query_len query_start_loc seq_lens "
+        "block_table slot_mapping",
     ),
 }
 
@@ -55,7 +67,16 @@ def __getattr__(name: str) -> Any:
 
 def absent() -> str | None:
     """The first thing that we take from vLLM and it has not; None where all are there."""
-    for module, names in _NEEDED.items():
+    missing = _first_absent(_NEEDED)
+    if missing is not None:
+        return missing
+    platform = import_module("vllm.platforms").current_platform
+    on_gpu = platform.device_type == "cuda"
+    return _first_absent(_NEEDED_ON_GPU if on_gpu else _NEEDED_ON_CPU)
+
+
+def _first_absent(wanted: Mapping[str, tuple[str, ...]]) -> str | None:
+    for module, names in wanted.items():
         try:
             found = import_module(module)
         except ImportError as exc:

@@ -2,13 +2,15 @@
 
 Each subclasses vLLM's own, so that flags and fallback are vLLM's. Which of the two runs is decided
 before weights are loaded. Ours keeps one bare ``Attention`` for each layer, which vLLM sizes and
-binds the KV cache by and which is never called.
+binds the KV cache by and which is never called. On a GPU it is always that of vLLM's Triton
+backend, whose KV tensors and metadata are the same on AMD and NVIDIA.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,10 +25,12 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from sinterlm.compile import compile_model
 from sinterlm.errors import SinterError, UsageError
+from sinterlm.plugin.gpu import GpuModel
 from sinterlm.plugin.native import NativeModel
 from sinterlm.plugin.ranks import agree, open_link, tensor_parallel_rank
-from sinterlm.plugin.support import compile_options, refusal
+from sinterlm.plugin.support import Accelerator, compile_options, refusal
 from sinterlm.plugin.switch import bound_cpus, read_switch
+from sinterlm.plugin.torch_device import TorchMemory, find_accelerator
 
 logger = init_logger("vllm.plugins.sinterlm")
 
@@ -39,7 +43,7 @@ else:
 class SinterModel(Stock):
     """The half that is ours; stands in front of a class of vLLM."""
 
-    _native: NativeModel | None = None
+    _native: NativeModel | GpuModel | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         """Compile and open, or leave everything to vLLM. Raises UsageError with ``require``."""
@@ -54,6 +58,7 @@ class SinterModel(Stock):
         nn.Module.__init__(self)
         self.config = vllm_config.model_config.hf_config
         self._native = native
+        backend = _triton_attention() if isinstance(native, GpuModel) else {}
         self.attention = nn.ModuleList(
             Attention(
                 native.shape.num_heads,
@@ -63,6 +68,7 @@ class SinterModel(Stock):
                 cache_config=vllm_config.cache_config,
                 # A window is masked in the kernel; the cache keeps all of the context.
                 prefix=f"{prefix}.model.layers.{i}.self_attn.attn".lstrip("."),
+                **backend,
             )
             for i in range(native.shape.num_layers)
         )
@@ -80,7 +86,7 @@ class SinterModel(Stock):
         if isinstance(metadata, list):
             metadata = metadata[0]
         if not metadata:
-            return torch.zeros(len(input_ids), self._native.shape.hidden_size)
+            return self._native.blank(len(input_ids))
         first = metadata[self.attention[0].layer_name]
         pages = [layer.kv_cache for layer in self.attention]
         return self._native.hidden(input_ids, positions, first, pages)
@@ -111,14 +117,20 @@ class SinterModel(Stock):
         return set()
 
 
-def _open(vllm_config: Any) -> tuple[NativeModel | None, str]:
+def _triton_attention() -> dict[str, Any]:
+    """What makes an ``Attention`` that of vLLM's Triton backend."""
+    module = import_module("vllm.v1.attention.backends.triton_attn")
+    return {"attn_backend": module.TritonAttentionBackend}
+
+
+def _open(vllm_config: Any) -> tuple[NativeModel | GpuModel | None, str]:
     """Our model, or why it is not ours to run."""
-    native, reason, rank = None, refusal(vllm_config), tensor_parallel_rank()
-    cpus = bound_cpus(os.environ) or tuple(sorted(os.sched_getaffinity(0)))
+    native: NativeModel | GpuModel | None = None
+    accelerator = find_accelerator(vllm_config)
+    reason, rank = refusal(vllm_config, accelerator), tensor_parallel_rank()
     if reason is None:
         try:
-            bundle = compile_model(compile_options(vllm_config, rank))
-            native = NativeModel(bundle, vllm_config, cpus, open_link())
+            native = _open_bundle(vllm_config, rank, accelerator)
         except SinterError as exc:
             reason = str(exc)
     reason = agree(reason)
@@ -128,11 +140,26 @@ def _open(vllm_config: Any) -> tuple[NativeModel | None, str]:
         return None, reason
     assert native is not None
     logger.info(
-        "SinterLM runs this model: %s, %s, rank %d of %d, CPUs %s",
+        "SinterLM runs this model: %s, %s, rank %d of %d, %s",
         native.dtype, native.isa, rank, vllm_config.parallel_config.tensor_parallel_size,
-        ",".join(map(str, cpus)),
+        f"CPUs {','.join(map(str, _cpus()))}" if accelerator is None else accelerator.name,
     )  # fmt: skip
     return native, ""
+
+
+def _open_bundle(
+    vllm_config: Any, rank: int, accelerator: Accelerator | None
+) -> NativeModel | GpuModel:
+    """The model compiled and opened. Raises SinterError."""
+    bundle = compile_model(compile_options(vllm_config, rank, accelerator))
+    if accelerator is not None:
+        return GpuModel(bundle, vllm_config, TorchMemory("cuda"))
+    return NativeModel(bundle, vllm_config, _cpus(), open_link())
+
+
+def _cpus() -> tuple[int, ...]:
+    """What this worker may run on."""
+    return bound_cpus(os.environ) or tuple(sorted(os.sched_getaffinity(0)))
 
 
 class SinterLlamaForCausalLM(SinterModel, LlamaForCausalLM):

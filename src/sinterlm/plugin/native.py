@@ -57,6 +57,10 @@ class NativeModel:
         """What scores are multiplied with."""
         return self._model.manifest.constants.attention_scale
 
+    def blank(self, tokens: int) -> torch.Tensor:
+        """Hidden states of a step that is not run: zeros [tokens, H]."""
+        return torch.zeros(tokens, self.shape.hidden_size)
+
     def hidden(
         self, ids: torch.Tensor, positions: torch.Tensor, metadata: Any,
         pages: Sequence[torch.Tensor],

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
 from pathlib import Path
@@ -156,8 +156,11 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "sl_head_args": HeadArgs,
 }
 
-#: Result and arguments of every function.
-_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+#: Result and arguments of a function.
+Signature = tuple[object, tuple[object, ...]]
+
+#: Every function of ``abi.h``.
+FUNCTIONS: dict[str, Signature] = {
     "sl_abi_version": (c_uint32, ()),
     "sl_last_error": (c_char_p, ()),
     "sl_describe": (c_int64, (pointer, pointer, c_int64)),
@@ -174,11 +177,11 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
 class Library:
     """A loaded model library. Calls release the GIL."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, functions: Mapping[str, Signature] = FUNCTIONS) -> None:
         """Load ``path`` with its symbols kept to itself. Raises BundleError."""
         try:
             self._dll = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
-            self._functions = {name: self._bind(name) for name in _FUNCTIONS}
+            self._functions = {n: self._bind(n, kind) for n, kind in functions.items()}
         except (OSError, AttributeError) as exc:
             raise BundleError(
                 f"cannot load {path}: {exc}; rebuild the bundle with `sinterlm compile MODEL`"
@@ -191,9 +194,9 @@ class Library:
                 "bundle with `sinterlm compile MODEL`"
             )
 
-    def _bind(self, name: str) -> Callable[..., int]:
+    def _bind(self, name: str, signature: Signature) -> Callable[..., int]:
         function = getattr(self._dll, name)
-        function.restype, function.argtypes = _FUNCTIONS[name]
+        function.restype, function.argtypes = signature
         bound: Callable[..., int] = function
         return bound
 

@@ -7,24 +7,19 @@ does not fit the arrays it was opened for; the native side refuses what is out o
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sinterlm.artifact.bundle import Bundle
-from sinterlm.artifact.manifest import ABI_VERSION, Manifest
-from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
+from sinterlm.errors import ResourceError, RuntimeFault, UsageError
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import Float32, RowSampling, StepBatch, StepResult
-from sinterlm.runtime.library import Library
 from sinterlm.runtime.machine import read_machine
+from sinterlm.runtime.opening import Opened, StepSizes
 from sinterlm.runtime.ranks import RankLink
 
 #: Weights up to this share of memory are copied into huge pages; larger ones stay in the file's.
@@ -44,7 +39,7 @@ class KvMemory:
     head_stride: int  #: elements from KV head to KV head of a page
 
 
-class Model:
+class Model(Opened):
     """A loaded library with its weights, and at most one KV cache, its own or its caller's."""
 
     def __init__(
@@ -65,56 +60,24 @@ class Model:
         ``cpu_ids`` pins worker i to CPU cpu_ids[i]. ``link`` leads to the other ranks where the
         bundle is one rank's part. Raises BundleError, ResourceError, RuntimeFault, UsageError.
         """
-        manifest = bundle.manifest
-        if bundle.weights_path is None:
-            raise BundleError(
-                f"{bundle.root} holds code without weights; compile the model itself with "
-                "`sinterlm compile MODEL`"
-            )
         if cpu_ids is not None and len(cpu_ids) != num_threads:
             raise UsageError(f"cpu_ids names {len(cpu_ids)} CPUs and num_threads={num_threads}")
-        self.manifest: Manifest = manifest
-        self._max_rows = max_sample_rows
-        self._library = Library(bundle.library_path)
-        self._kv: abi.Kv | None = None
-        self._borrowed: NDArray[np.uintp] | None = None  # addresses that bind_kv() was given
-        constants = manifest.constants
-        inv_freq = np.array(constants.inv_freq, np.float64)
-        windows = np.array(constants.windows, np.int32)
         cpus = None if cpu_ids is None else np.array(cpu_ids, np.int32)
-        weights_bytes = os.stat(bundle.weights_path).st_size
+        weights = bundle.weights_path
+        in_huge_pages = weights is not None and fits_copy(weights.stat().st_size)
         args = abi.OpenArgs(
-            size=ctypes.sizeof(abi.OpenArgs),
-            abi_version=ABI_VERSION,
-            layout_hash=manifest.layout_hash,
-            flags=abi.OPEN_HUGE_PAGES if fits_copy(weights_bytes) else 0,
+            flags=abi.OPEN_HUGE_PAGES if in_huge_pages else 0,
             num_threads=num_threads,
             cpu_ids=None if cpus is None else cpus.ctypes.data,
-            weights_path=os.fsencode(bundle.weights_path),
-            weights_bytes=weights_bytes,
-            max_tokens=max_tokens,
-            max_seqs=max_seqs,
-            max_sample_rows=max_sample_rows,
-            max_model_len=max_model_len,
-            rms_eps=constants.rms_eps,
-            qk_eps=constants.qk_eps,
-            attention_scale=constants.attention_scale,
-            rope_attention_factor=constants.rope_attention_factor,
-            num_inv_freq=len(inv_freq),
-            inv_freq=inv_freq.ctypes.data,
-            num_windows=len(windows),
-            windows=windows.ctypes.data,
-            num_slots=num_slots,
         )
         self._link = link
         if link is not None:
             args.rank, args.reduce = link.rank, link.callback
-        handle = ctypes.c_void_p()
-        self._library.call("sl_open", ctypes.byref(args), ctypes.byref(handle))
-        self._handle = handle.value
-        # A model that is dropped gives its memory back too; at exit the system takes it all.
-        self._finalizer = weakref.finalize(self, self._library.release, "sl_close", handle.value)
-        self._finalizer.atexit = False
+        super().__init__(
+            bundle, StepSizes(max_tokens, max_seqs, max_sample_rows, max_model_len, num_slots), args
+        )
+        self._kv: abi.Kv | None = None
+        self._borrowed: NDArray[np.uintp] | None = None  # addresses that bind_kv() was given
         self._rows = (abi.Sampling * max_sample_rows)()
         for row in self._rows:
             row.size = ctypes.sizeof(abi.Sampling)
@@ -152,19 +115,8 @@ class Model:
 
     def close(self) -> None:
         """Stop the workers and give all memory back; further calls raise UsageError."""
-        self._handle, self._kv = None, None
-        self._finalizer()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        self._kv = None
+        super().close()
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -258,11 +210,6 @@ class Model:
 
     # -- facts -----------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """What the library says of itself: isa, shapes, threads, and per fused op calls and ns."""
-        facts: dict[str, Any] = json.loads(self._library.describe(self._open_handle()))
-        return facts
-
     def probe(self, seconds: float = 1.0) -> tuple[float, float]:
         """(GFLOP/s of the GEMM instruction, GB/s of reading), measured with the model's workers.
 
@@ -293,11 +240,6 @@ class Model:
                 raise
             cause, self._link.error = self._link.error, None
             raise fault from cause
-
-    def _open_handle(self) -> int:
-        if self._handle is None:
-            raise UsageError("this model is closed; open it again")
-        return self._handle
 
     def _inputs(self, batch: StepBatch) -> dict[str, Any]:
         """The fields of ``StepArgs`` that say what is fed, and into which cache."""

@@ -1,4 +1,5 @@
-"""From a Plan to the launch table of one device: five launches per layer, and three more.
+"""From a Plan to the launch table of one device: five launches per layer, three more, and one for
+whoever wants hidden states.
 
 Refuses by name the shapes that no kernel has. Nothing here needs Triton.
 """
@@ -86,12 +87,19 @@ class _Builder:
         }  # fmt: skip
 
     def buffers(self) -> tuple[Buffer, ...]:
-        """The plan's activations, and what kernels keep to themselves behind them."""
+        """The plan's activations, and what kernels keep to themselves behind them. Hidden states
+        lie where ``h`` is no longer needed, if they fit."""
+        hidden = 2 * self.config.hidden_size
+        h = next(b for b in self.plan.memory.buffers if b.name == "h")
+        if h.nbytes < hidden:
+            self.need("hidden", "T", hidden)
         found = [
             Buffer(b.name, b.unit, b.nbytes, b.offset)
             for b in self.plan.memory.buffers
             if b.name != "gathered"
         ]
+        if h.nbytes >= hidden:
+            found.append(Buffer("hidden", "T", hidden, h.offset))
         ends: dict[str, int] = {"T": self.plan.memory.bytes_per_token,
                                 "R": self.plan.memory.bytes_per_row}  # fmt: skip
         for (name, unit), nbytes in self.scratch.items():
@@ -200,8 +208,14 @@ class _Builder:
         return Launch(slot, op.layer, self.bind("attention", bound))
 
     def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
-        """Logits with the best of each block of them, and the merge."""
+        """Hidden states for whoever wants them, logits with the best of each block of them, and
+        the merge."""
         c, h = self.config, self.config.hidden_size
+        columns = divisor(self.tiles.of("final_norm")[0].tile["BN"], h)
+        yield self.simple(
+            "final_norm", "final_norm", -1, {"H": h, "EPS": op.eps, "BN": columns},
+            (Axis("N"), Axis("1", 1, h // columns), _ONE), norm=self.weight("final_norm"),
+        )  # fmt: skip
         padded = -(-c.vocab_size // 64) * 64
         matrix = self.matrix("lm_head")
         entries = self.tiles.of("lm_head", matrix.stored)

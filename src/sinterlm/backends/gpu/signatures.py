@@ -39,8 +39,8 @@ class Signature:
         return self.args[arg].startswith("*") and arg not in PAGES
 
 
-#: Strides of KV pages, in elements.
-STRIDES = ("page_stride", "token_stride", "head_stride")
+#: Strides of KV pages and of hidden states, in elements.
+STRIDES = ("page_stride", "token_stride", "head_stride", "hidden_stride")
 #: Pointers into KV memory, which may be larger than 2 GB.
 PAGES = ("k_base", "v_base")
 
@@ -56,6 +56,10 @@ SIGNATURES: dict[str, Signature] = {
             "tokens": "*i32", "slots": "*i32", "drawn": "*i32", "table": "*weight",
             "w_scale": "*scale", "w_offset": "*fp32", "norm": "*fp32", "x": "*fp32", "xw": "*bf16",
             "ssq": "*fp32",
+        }),
+        Signature("final_norm", "norm", {
+            "x": "*fp32", "ssq": "*fp32", "norm": "*fp32", "hidden": "*bf16",
+            "hidden_stride": "i32",
         }),
         Signature("norm_qkv_rope_kv", "attention", {
             "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "q_norm": "*fp32",
@@ -79,6 +83,7 @@ SIGNATURES: dict[str, Signature] = {
         Signature("lm_head", "sample", {
             "xw": "*bf16", "ssq": "*fp32", "rows": "*i32", **_MATRIX, "temperature": "*fp32",
             "seeds": "*u64", "draws": "*i32", "logits": "*fp32", **_BEST, "num_rows": "i32",
+            "is_normed": "i32",
         }),
         Signature("merge_rows", "sample", {
             **_BEST, "slots": "*i32", "ids": "*i32", "logprobs": "*fp32", "drawn": "*i32",

@@ -36,6 +36,7 @@ class Drawn:
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     logits: NDArray[np.float32]
+    hidden: NDArray[np.uint16]  #: [tokens, H] bf16, final-normed; none unless asked for
 
 
 class Simulator:
@@ -78,9 +79,10 @@ class Simulator:
 
     def step(
         self, *seqs: Part, order: Order = "forward", temperature: float = 0.0, seed: int = 0,
-        every_row: bool = False,
+        every_row: bool = False, hidden: bool = False,
     ) -> Drawn:  # fmt: skip
-        """Compute the tokens of ``seqs`` and draw after the last one of each (or after every)."""
+        """Compute the tokens of ``seqs`` and draw after the last one of each (or after every);
+        ``hidden``: give the hidden states of all."""
         lengths = [len(s.tokens) for s in seqs]
         starts = np.cumsum([0, *lengths]).astype(np.int32)
         positions = np.concatenate([s.first + np.arange(len(s.tokens)) for s in seqs])
@@ -105,33 +107,56 @@ class Simulator:
             "seeds": np.full(len(rows), seed, np.uint64),
             "draws": (positions[rows] + 1).astype(np.int32),
         }
-        sizes = {"T": int(starts[-1]), "R": len(rows), "S": len(seqs)}
+        tokens = int(starts[-1])
+        sizes = {"T": tokens, "R": len(rows), "S": len(seqs), "N": tokens if hidden else 0}
         self.run(sizes, all(n == 1 for n in lengths), order)
-        vocab = self.table.facts["vocab"]
-        logits = self.buffer("logits").view(np.float32)[: len(rows) * (-(-vocab // 64) * 64)]
+        return self.drawn(len(rows), tokens if hidden else 0)
+
+    def head(self, hidden: NDArray[np.uint16]) -> Drawn:
+        """The greedy draw from hidden states [R, H] bf16 that a step gave."""
+        rows = len(hidden)
+        self.buffer("xw").view(np.uint16)[: hidden.size] = hidden.ravel()
+        zeros = np.zeros(rows, np.int32)
+        self.inputs |= {
+            "rows": np.arange(rows, dtype=np.int32), "row_slots": zeros - 1, "draws": zeros,
+            "temperature": np.zeros(rows, np.float32), "seeds": np.zeros(rows, np.uint64),
+        }  # fmt: skip
+        self.run({"T": 0, "R": rows, "S": 0, "N": 0}, False, "forward", is_normed=True)
+        return self.drawn(rows, 0)
+
+    def drawn(self, rows: int, tokens: int) -> Drawn:
+        """What the last step left of ``rows`` sampled rows and ``tokens`` hidden states."""
+        vocab, width = self.table.facts["vocab"], self.table.facts["hidden"]
+        logits = self.buffer("logits").view(np.float32)[: rows * (-(-vocab // 64) * 64)]
         return Drawn(
-            self.buffer("ids").view(np.int32)[: len(rows)].copy(),
-            self.buffer("logprobs").view(np.float32)[: len(rows)].copy(),
-            logits.reshape(len(rows), -1)[:, :vocab].copy(),
+            self.buffer("ids").view(np.int32)[:rows].copy(),
+            self.buffer("logprobs").view(np.float32)[:rows].copy(),
+            logits.reshape(rows, -1)[:, :vocab].copy(),
+            self.buffer("hidden").view(np.uint16)[: tokens * width].reshape(tokens, width).copy(),
         )
 
-    def run(self, sizes: dict[str, int], is_decode: bool, order: Order) -> None:
-        """Every launch of the table that is among ``only``."""
+    def run(
+        self, sizes: dict[str, int], is_decode: bool, order: Order, is_normed: bool = False
+    ) -> None:
+        """Every launch of the table that is among ``only`` and has programs."""
         kv = self.kv[0]
         dim = kv.shape[-1]
         values = {
             "num_tokens": sizes["T"], "num_rows": sizes["R"], "num_seqs": sizes["S"],
             "table_stride": self.inputs["page_table"].shape[1], "page_tokens": self.page_tokens,
             "page_stride": kv[0].size, "head_stride": kv[0, 0].size, "token_stride": dim,
+            "is_normed": int(is_normed), "hidden_stride": self.table.facts["hidden"],
         }  # fmt: skip
         for launch in self.table.launches[self.only.start : self.only.stop]:
             kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
+            grid = [axis.count(sizes) for axis in kernel.grid]
+            if 0 in grid:
+                continue
             types = SIGNATURES[kernel.name].types(kernel.constants)
             args = {
                 name: self.argument(given, types[name], values)
                 for name, given in zip(types, launch.args, strict=True)
             }
-            grid = [axis.count(sizes) for axis in kernel.grid]
             run_kernel(kernel.name, grid, args, kernel.constants, order)
             self.launches += 1
 

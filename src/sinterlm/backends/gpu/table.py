@@ -9,8 +9,9 @@ the host read it; the code objects follow behind the line ``end`` (see ``objects
     launch SLOT LAYER ARG …                       in the order of a step
     choice SLOT UNIT MOST KIND KERNEL             which kernel fills a slot; the first that fits
 
-Units: T tokens, R sampled rows, S sequences, 1 once. An axis of a grid is SYMBOL/PER*TIMES: TIMES
-for each PER units begun, and ``+S`` one more per sequence. An argument is ``buffer:NAME``,
+Units: T tokens, R sampled rows, S sequences, N tokens whose hidden states are given out (all or
+none), 1 once. An axis of a grid is SYMBOL/PER*TIMES: TIMES for each PER units begun, and ``+S`` one
+more per sequence; a launch whose grid is empty is left out. An argument is ``buffer:NAME``,
 ``weight:OFFSET``, ``input:NAME``, ``k:LAYER``, ``v:LAYER``, ``value:NAME`` or ``null``.
 """
 
@@ -21,7 +22,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Unit = Literal["T", "R", "S", "1"]
+Unit = Literal["T", "R", "S", "N", "1"]
 
 HEADING = "sinterlm-launch-table 1"
 
@@ -36,7 +37,7 @@ class Axis:
     plus_seqs: bool = False
 
     def count(self, sizes: dict[str, int]) -> int:
-        """For ``sizes`` of T, R and S."""
+        """For ``sizes`` of T, R, S and N."""
         units = 1 if self.symbol == "1" else sizes[self.symbol]
         return -(-units // self.per) * self.times + (sizes["S"] if self.plus_seqs else 0)
 
@@ -46,7 +47,7 @@ class Axis:
     @classmethod
     def parse(cls, text: str) -> Axis:
         """Inverse of ``str``. Raises ValueError."""
-        found = re.fullmatch(r"([TRS1])/([1-9]\d*)\*([1-9]\d*)(\+S)?", text)
+        found = re.fullmatch(r"([TRSN1])/([1-9]\d*)\*([1-9]\d*)(\+S)?", text)
         if found is None:
             raise ValueError(f"{text!r} is no axis of a grid")
         symbol: Any = found[1]
@@ -117,6 +118,16 @@ class Table:
             if choice.slot == slot and choice.fits(sizes, is_decode):
                 return self.kernels[choice.kernel]
         raise LookupError(f"no kernel for {slot} at {sizes}")
+
+    @property
+    def per_step(self) -> int:
+        """Launches of a step that draws tokens and gives no hidden states out."""
+        left_out = {
+            choice.slot
+            for choice in self.choices
+            if any(axis.symbol == "N" for axis in self.kernels[choice.kernel].grid)
+        }
+        return sum(launch.slot not in left_out for launch in self.launches)
 
     def arena_bytes(self, unit: Unit) -> int:
         """Bytes of a unit's arena, per unit."""

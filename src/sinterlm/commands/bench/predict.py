@@ -134,7 +134,7 @@ def _launches(options: CompileOptions, target: str) -> tuple[CompileOptions, int
     plan = look(there).plan
     assert plan is not None, "what is no bundle has a plan"
     try:
-        return there, len(launch_table(plan, DEVICES[target]).launches)
+        return there, launch_table(plan, DEVICES[target]).per_step
     except UnsupportedModelError:
         return there, None
 

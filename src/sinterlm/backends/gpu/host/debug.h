@@ -1,6 +1,6 @@
 // A part of a step, and what lies on the device before and after it.
 #pragma once
-#include "step.h"
+#include "enqueue.h"
 
 namespace slg {
 

@@ -124,11 +124,15 @@ class Driver {
     const char* const one[] = {asked, nullptr};
     const char* const* names = asked && *asked ? one : hip_ ? hip_names : cuda_names;
     std::string why;
-    for (; *names; ++names) {
-      library_ = dlopen(*names, RTLD_NOW | RTLD_LOCAL);  // never closed: drivers do not like it
-      path_ = *names;
-      if (library_) return SL_OK;
-      why = dlerror();
+    // First one that this process has already: another engine's streams are of no use to a second.
+    for (int mode : {RTLD_NOW | RTLD_NOLOAD, RTLD_NOW}) {
+      for (const char* const* name = names; *name; ++name) {
+        library_ = dlopen(*name, mode | RTLD_LOCAL);  // never closed: drivers do not like it
+        path_ = *name;
+        if (library_) return SL_OK;
+        const char* text = dlerror();
+        why = text ? text : "it is not loaded";
+      }
     }
     return fail(SL_MISMATCH, "no %s driver: %s; install it, or name it with SINTERLM_GPU_DRIVER",
                 vendor(), why.c_str());

@@ -76,8 +76,11 @@ sl_status sl_step(sl_model* model, const sl_step_args* args) {
   });
 }
 
-sl_status sl_head(sl_model*, const sl_head_args*) {
-  return sl::fail(SL_INVALID, "sl_head: logits of given hidden states are not made on a GPU");
+sl_status sl_head(sl_model* model, const sl_head_args* args) {
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_head", model != nullptr, args));
+    return slg::head(*model->impl, *args);
+  });
 }
 
 sl_status sl_probe(sl_model*, double, double*, double*) {
@@ -95,6 +98,13 @@ sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args) {
   return sl::guarded([&] {
     SL_TRY(sl::check_call("sl_enqueue", model != nullptr, args));
     return slg::enqueue(*model->impl, *args);
+  });
+}
+
+sl_status sl_enqueue_head(sl_model* model, const sl_enqueue_head_args* args) {
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_enqueue_head", model != nullptr, args));
+    return slg::enqueue_head(*model->impl, *args);
   });
 }
 

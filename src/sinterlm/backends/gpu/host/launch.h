@@ -61,6 +61,8 @@ inline void set_sizes(Model& m, const Sizes& sizes, int table_stride) {
   m.values.num_rows = sizes.R;
   m.values.num_seqs = sizes.S;
   m.values.table_stride = table_stride;
+  m.values.hidden_stride = m.shape.H;
+  m.values.is_normed = 0;
 }
 
 inline sl_status is_capturing(const Model& m, bool* out) {

@@ -28,8 +28,9 @@ struct Inputs {
 // Numbers that kernels take.
 struct Values {
   int32_t num_tokens = 0, num_rows = 0, num_seqs = 0, table_stride = 0, page_tokens = 0;
-  int32_t token_stride = 0, head_stride = 0;  // elements
-  int64_t page_stride = 0;                    // elements
+  int32_t token_stride = 0, head_stride = 0, hidden_stride = 0;  // elements
+  int64_t page_stride = 0;                                       // elements
+  int32_t is_normed = 0;  // 1: the head is given final-normed rows
 };
 
 // KV pages as kernels see them.
@@ -87,6 +88,7 @@ struct Model {
   PagedKv kv;
   void *cos = nullptr, *sin = nullptr, *drawn = nullptr, *null = nullptr;
   void *zeros = nullptr, *minus_ones = nullptr;  // [most rows or tokens], for whoever draws nothing
+  void* every_row = nullptr;                     // [max_sample_rows] 0, 1, 2, …
   char* input_region = nullptr;
 
   std::map<GraphKey, void*> captured;
@@ -140,7 +142,7 @@ inline int64_t inputs_total(const Sizes& s, int stride) {
 
 // Where everything of the workspace lies.
 struct Layout {
-  int64_t arena[4], cos, sin, drawn, zeros, minus_ones, inputs, total;
+  int64_t arena[4], cos, sin, drawn, zeros, minus_ones, every_row, inputs, total;
 };
 constexpr char kUnits[] = "TRS1";
 
@@ -160,6 +162,7 @@ inline Layout lay_out(const Model& m) {
   at.drawn = place(int64_t{4} * std::max(1, m.args.num_slots));
   at.zeros = place(8 * most);
   at.minus_ones = place(4 * most);
+  at.every_row = place(int64_t{4} * m.args.max_sample_rows);
   at.inputs = place(
       inputs_total({m.args.max_tokens, m.args.max_sample_rows, m.args.max_seqs}, m.max_pages()));
   return at;
@@ -206,6 +209,8 @@ inline void* place_of(Model& m, const std::string& arg) {
     SL_MATCH(token_stride)
     SL_MATCH(head_stride)
     SL_MATCH(page_stride)
+    SL_MATCH(hidden_stride)
+    SL_MATCH(is_normed)
   }
 #undef SL_MATCH
   return nullptr;
@@ -255,6 +260,7 @@ inline void bind_workspace(Model& m, char* workspace) {
   m.drawn = workspace + at.drawn;
   m.zeros = workspace + at.zeros;
   m.minus_ones = workspace + at.minus_ones;
+  m.every_row = workspace + at.every_row;
   m.input_region = workspace + at.inputs;
 }
 

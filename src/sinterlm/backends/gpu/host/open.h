@@ -112,6 +112,9 @@ inline sl_status fill_workspace(Model& m, const std::vector<float>& cos,
   SL_TRY(d.check(d.fill(m.minus_ones, 0xFF, 4 * most, m.stream), "constants"));
   SL_TRY(d.check(d.fill(m.drawn, 0xFF, int64_t{4} * std::max(1, m.args.num_slots), m.stream),
                  "slots"));
+  std::vector<int32_t> rows(m.args.max_sample_rows);
+  for (size_t r = 0; r < rows.size(); ++r) rows[r] = int32_t(r);
+  SL_TRY(d.check(d.to_device(m.every_row, rows.data(), 4 * rows.size(), m.stream), "constants"));
   SL_TRY(d.check(d.to_device(m.cos, cos.data(), 4 * cos.size(), m.stream), "the rope table"));
   SL_TRY(d.check(d.to_device(m.sin, sin.data(), 4 * sin.size(), m.stream), "the rope table"));
   return d.check(d.stream_wait(m.stream), "filling the workspace");

@@ -1,9 +1,10 @@
-// sl_step and sl_enqueue. A step copies one block of inputs to the device, launches, copies ids
-// back, and draws on the host those rows that the device does not: all that want log-probabilities,
-// filters, penalties, biases or masks.
+// sl_step. A step copies one block of inputs to the device, launches, copies ids back, and draws on
+// the host those rows that the device does not: all that want log-probabilities, filters,
+// penalties, biases or masks.
 #pragma once
 #include "open.h"
 #include "sinterlm/calls.h"
+#include "sinterlm/simd.h"
 #include "sinterlm/step_check.h"
 
 namespace slg {
@@ -145,7 +146,14 @@ inline sl_status finish(Model& m, const sl_step_args& a, const Sizes& sizes, int
     SL_TRY(copy_logits(m, on_host[i], m.logits.data() + i * V));
   if (R > 0 && a.flags & SL_STEP_LOGITS)
     for (int r = 0; r < R; ++r) SL_TRY(copy_logits(m, r, a.out_logits + int64_t{r} * V));
+  std::vector<sl::bf16> hidden(int64_t{sizes.N} * m.shape.H);
+  if (sizes.N > 0)
+    SL_TRY(m.driver.check(
+        m.driver.to_host(hidden.data(), buffer(m, "hidden"), 2 * hidden.size(), m.stream),
+        "copying hidden states"));
   SL_TRY(m.driver.check(m.driver.stream_wait(m.stream), "running the step"));
+  std::transform(hidden.begin(), hidden.end(), a.out_hidden,
+                 [](sl::bf16 v) { return sl::to_float(v); });
   if (!sample) return SL_OK;
   for (int r = 0; r < R; ++r) {
     if (drawn_on_host(m.sampling[r], V)) continue;
@@ -205,7 +213,8 @@ inline PagedKv paged(const Model& m, const sl_kv& kv) {
 inline sl_status run_step(Model& m, const sl_step_args& a, const Cursor& at, int64_t first) {
   const bool wanted = a.num_sample_rows > 0 && a.flags & (SL_STEP_SAMPLE | SL_STEP_LOGITS);
   const bool sample = wanted && a.flags & SL_STEP_SAMPLE;
-  const Sizes sizes{a.num_tokens, wanted ? a.num_sample_rows : 0, a.num_seqs};
+  const Sizes sizes{a.num_tokens, wanted ? a.num_sample_rows : 0, a.num_seqs,
+                    a.flags & SL_STEP_HIDDEN ? a.num_tokens : 0};
   const int stride = table_stride(m, a, at);
   set_sizes(m, sizes, stride);
   const int64_t bytes = place_inputs(m, sizes, stride);
@@ -230,18 +239,19 @@ inline sl_status check_ready(const Model& m) {
   return SL_OK;
 }
 
+inline sl_status check_may_wait(const Model& m, const char* call, const char* instead) {
+  bool capturing = false;
+  SL_TRY(is_capturing(m, &capturing));
+  if (!capturing) return SL_OK;
+  return fail(SL_INVALID, "%s waits for the device, and its stream is being captured; use %s", call,
+              instead);
+}
+
 inline sl_status step(Model& m, const sl_step_args& a) {
   SL_TRY(check_ready(m));
   SL_TRY(sl::check_step(m, a));
-  if (a.flags & SL_STEP_HIDDEN)
-    return fail(SL_INVALID, "hidden states are not copied out on a GPU: flags is %u", a.flags);
   SL_TRY(m.driver.make_current());
-  bool capturing = false;
-  SL_TRY(is_capturing(m, &capturing));
-  if (capturing)
-    return fail(SL_INVALID,
-                "sl_step waits for the device, and its stream is being captured; use "
-                "sl_enqueue");
+  SL_TRY(check_may_wait(m, "sl_step", "sl_enqueue"));
   set_kv(m, paged(m, *a.kv));
   Cursor at{{a.token_ids, a.token_ids + a.num_tokens},
             {a.positions, a.positions + a.num_tokens},
@@ -256,67 +266,6 @@ inline sl_status step(Model& m, const sl_step_args& a) {
   }
   if (a.out_num_steps) *a.out_num_steps = steps;
   return SL_OK;
-}
-
-inline sl_status check_enqueue(const Model& m, const sl_enqueue_args& a) {
-  SL_TRY(sl::check_range("num_tokens", a.num_tokens, 1, m.args.max_tokens));
-  SL_TRY(sl::check_range("num_seqs", a.num_seqs, 1, m.args.max_seqs));
-  SL_TRY(sl::check_range("num_sample_rows", a.num_sample_rows, 0, m.args.max_sample_rows));
-  if (a.is_decode && a.num_tokens != a.num_seqs)
-    return fail(SL_INVALID, "is_decode with %d tokens of %d sequences", a.num_tokens, a.num_seqs);
-  SL_TRY(sl::check_range("page_table_stride", a.page_table_stride, 1, INT32_MAX));
-  SL_TRY(sl::check_range("page_tokens", a.page_tokens, 1, INT32_MAX));
-  const void* const needed[] = {a.token_ids,   a.positions,    a.kv_slots, a.page_table,
-                                a.query_start, a.context_lens, a.k_base,   a.v_base};
-  for (const void* p : needed)
-    if (!p) return fail(SL_INVALID, "sl_enqueue: a required pointer is null");
-  if (a.num_sample_rows > 0 && (!a.sample_rows || !a.out_logits))
-    return fail(SL_INVALID, "sl_enqueue: sample_rows and out_logits are needed to sample");
-  if (a.page_stride % 16 || a.token_stride % 16 || a.head_stride % 16)
-    return fail(SL_INVALID, "strides of KV pages must be multiples of 16 elements");
-  return SL_OK;
-}
-
-inline sl_status enqueue(Model& m, const sl_enqueue_args& a) {
-  SL_TRY(check_ready(m));
-  SL_TRY(check_enqueue(m, a));
-  SL_TRY(m.driver.make_current());
-  PagedKv kv;
-  kv.k.assign(a.k_base, a.k_base + m.shape.num_layers);
-  kv.v.assign(a.v_base, a.v_base + m.shape.num_layers);
-  kv.page_tokens = a.page_tokens;
-  kv.page_stride = a.page_stride;
-  kv.token_stride = a.token_stride;
-  kv.head_stride = a.head_stride;
-  set_kv(m, kv);
-  const Sizes sizes{a.num_tokens, a.num_sample_rows, a.num_seqs};
-  set_sizes(m, sizes, a.page_table_stride);
-  const auto mutable_ptr = [](const void* p) { return const_cast<void*>(p); };
-  Inputs& in = m.inputs;
-  in = {};
-  in.tokens = mutable_ptr(a.token_ids);
-  in.positions = mutable_ptr(a.positions);
-  in.kv_slots = mutable_ptr(a.kv_slots);
-  in.page_table = mutable_ptr(a.page_table);
-  in.query_start = mutable_ptr(a.query_start);
-  in.context_lens = mutable_ptr(a.context_lens);
-  in.rows = mutable_ptr(a.sample_rows);
-  in.slots = m.zeros;
-  in.row_slots = m.minus_ones;
-  in.temperature = in.seeds = in.draws = m.zeros;
-  void *logits = nullptr, *ids = nullptr;
-  for (size_t i = 0; i < m.table.buffers.size(); ++i) {
-    const std::string& name = m.table.buffers[i].name;
-    if (name == "logits" && a.out_logits) logits = std::exchange(m.buffers[i], a.out_logits);
-    if (name == "ids" && a.out_tokens) ids = std::exchange(m.buffers[i], a.out_tokens);
-  }
-  const sl_status status = launch_all(m, sizes, a.is_decode != 0);
-  for (size_t i = 0; i < m.table.buffers.size(); ++i) {
-    const std::string& name = m.table.buffers[i].name;
-    if (name == "logits" && logits) m.buffers[i] = logits;
-    if (name == "ids" && ids) m.buffers[i] = ids;
-  }
-  return status;
 }
 
 }  // namespace slg

@@ -21,11 +21,15 @@ namespace slg {
 
 using sl::fail;
 
-// Tokens, sampled rows and sequences of a step.
+// Tokens, sampled rows, sequences, and tokens whose hidden states are given out, of a step.
 struct Sizes {
-  int T, R, S;
-  int of(char unit) const { return unit == 'T' ? T : unit == 'R' ? R : unit == 'S' ? S : 1; }
-  bool operator<(const Sizes& o) const { return std::tie(T, R, S) < std::tie(o.T, o.R, o.S); }
+  int T, R, S, N = 0;
+  int of(char unit) const {
+    return unit == 'T' ? T : unit == 'R' ? R : unit == 'S' ? S : unit == 'N' ? N : 1;
+  }
+  bool operator<(const Sizes& o) const {
+    return std::tie(T, R, S, N) < std::tie(o.T, o.R, o.S, o.N);
+  }
 };
 
 struct Axis {
@@ -96,7 +100,7 @@ inline bool parse_axis(const std::string& text, Axis* axis) {
       sscanf(text.c_str(), "%c/%d*%d%c%c", &axis->unit, &axis->per, &axis->times, &plus, &seqs);
   axis->plus_seqs = n == 5 && plus == '+' && seqs == 'S';
   return (n == 3 || axis->plus_seqs) && axis->per > 0 && axis->times > 0 &&
-         std::strchr("TRS1", axis->unit);
+         std::strchr("TRSN1", axis->unit);
 }
 
 // One line; false where it is none of ours.

@@ -37,6 +37,25 @@ def rstd(ssq, m, live, EPS: tl.constexpr, H: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def final_norm(
+    x,  # [T, H] fp32
+    ssq,  # [T, H / 16] fp32
+    norm,  # [H] fp32
+    hidden,  # [T, hidden_stride] bf16
+    hidden_stride,  # elements, a multiple of 16
+    H: tl.constexpr, EPS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """hidden = x * rstd * norm, for whoever wants the last norm's rows. Grid (T, H / BN)."""
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m = row + tl.arange(0, 1)
+    scale = rstd(ssq, m, m >= 0, EPS, H, 1)[:, None]
+    x_at = m[:, None] * H + n[None, :]
+    normed = tl.load(x + x_at) * scale * tl.load(norm + n)[None, :]
+    tl.store(hidden + m[:, None] * hidden_stride + n[None, :], normed.to(tl.bfloat16))
+
+
+@triton.jit
 def embed_norm(
     tokens,  # [T] i32; -1 = the token that the row's slot drew last
     slots,  # [T] i32

@@ -48,13 +48,15 @@ def lm_head(
     tops,  # [R, blocks] fp32: largest logit
     best_ids,  # [R, blocks] i32
     num_rows,
+    is_normed,  # 1: xw holds final-normed rows, and ssq is not read
     H: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, EPS: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_XCD: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """logits = (xw[rows] @ Wᵀ) * rstd; of each BN columns the best, for ``merge_rows``."""
+    """logits = (xw[rows] @ Wᵀ) * rstd, rstd being 1 where rows are normed; of each BN columns the
+    best, for ``merge_rows``."""
     blocks: tl.constexpr = VP // BN
     num_m = tl.cdiv(num_rows, BM)
     tile_m, tile_n, _ = place(num_m, blocks, 1, GROUP_M, NUM_XCD)
@@ -65,7 +67,8 @@ def lm_head(
     acc = tl.zeros((BM, BN), tl.float32)
     acc = accumulate(acc, xw, m, live, w, w_scale, w_offset, n, 0, H, H, H, BK, CACHE, BITS,
                      W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
-    logit = acc * rstd(ssq, m, live, EPS, H, BM)[:, None]
+    scale = rstd(ssq, m, r < tl.where(is_normed != 0, 0, num_rows), EPS, H, BM)
+    logit = acc * tl.where(is_normed != 0, 1.0, scale)[:, None]
     real = (n < V)[None, :]
     if KEEP_LOGITS:
         tl.store(logits + r[:, None] * VP + n[None, :], logit, mask=live[:, None] & real)
