@@ -48,6 +48,8 @@ class CompileOptions:
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has
+    #: Tile table of a GPU; None = the one that ``sinterlm tune`` left in the cache, or the shipped.
+    tiles: Path | None = None
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights
     seed: int = 0  #: seed of the dummy weights
     max_model_len: int | None = None  #: tokens; None = the checkpoint's own maximum

@@ -88,6 +88,10 @@ class RecordingDriver:
     bound: dict[str, int] = field(default_factory=dict)  #: where what the table names has been
     position: int = 0  #: in the table's launches
     lost: bool = False
+    moves_weights: bool = False  #: whether launches may read copies of them
+    #: Microseconds of a launch, as events tell; None = each takes one.
+    takes: Callable[[Launched], float] | None = None
+    clock: float = 0.0  #: microseconds
     poison: int = 0xFF  #: what memory holds before its first use; NaN by default
 
     def attach(self, path: Path) -> None:
@@ -126,6 +130,9 @@ class RecordingDriver:
 
     def on_device_name(self, to: int, size: int, device: int) -> None:
         ctypes.memmove(to, self.name.encode() + b"\0", len(self.name) + 1)
+
+    def on_driver_version(self, to: int) -> None:
+        ctypes.c_int.from_address(to).value = 12040
 
     def on_context(self, to: int, device: int) -> None:
         ctypes.c_uint64.from_address(to).value = self._handle("context")
@@ -246,6 +253,23 @@ class RecordingDriver:
 
     on_captured_release = on_graph_release
 
+    def on_event_create(self, to: int, flags: int) -> None:
+        ctypes.c_uint64.from_address(to).value = self._handle({"at": None})
+
+    def on_event_record(self, event: int, stream: int) -> None:
+        self._on_stream(stream)
+        self._not_in_capture()
+        self.handles[event]["at"] = self.clock
+
+    def on_event_elapsed(self, to: int, begin: int, end: int) -> None:
+        times = [self.handles[event]["at"] for event in (begin, end)]
+        if None in times:
+            raise Fault(400, "an event that was not recorded")
+        ctypes.c_float.from_address(to).value = (times[1] - times[0]) / 1000
+
+    def on_event_release(self, event: int) -> None:
+        del self.handles[event]
+
     # -- kernels -----------------------------------------------------------------------------------
 
     def on_module_load(self, to: int, image: int) -> None:
@@ -342,6 +366,8 @@ class RecordingDriver:
                     if c.slot == launch.slot}  # fmt: skip
             if name in fits:
                 break
+        if self.moves_weights:
+            self.bound.pop("weights", None)
         for arg, value in zip(launch.args, launched.args, strict=False):
             where, _, what = arg.partition(":")
             if where == "weight":
@@ -357,6 +383,7 @@ class RecordingDriver:
     def _run(self, launched: Launched) -> None:
         self._check(launched)
         self.trace.append(launched)
+        self.clock += 1.0 if self.takes is None else self.takes(launched)
         (self.run or self.interpret)(launched)
 
     def interpret(self, launched: Launched) -> None:

@@ -33,6 +33,8 @@ HELP: dict[str, str] = {
     "about half of bf16's memory (auto = as dtype)",
     "target": "what to compile for",
     "isa": "instruction-set level (default: the widest this machine has)",
+    "tiles": "tile table of a GPU target, as `sinterlm tune` writes it (default: what it left in "
+    "the cache, or the shipped one)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",
     "seed": "base of every random draw that has no seed of its own, and of dummy weights",
     "max_model_len": "longest context, tokens (default: the model's own)",
@@ -153,6 +155,7 @@ _PARSERS: dict[str, Any] = {
     "cpu_ids": parse_cpu_ids,
     "cache_dir": parse_folder,
     "dump_dir": parse_folder,
+    "tiles": parse_file,
     "ssl_certfile": parse_file,
     "ssl_keyfile": parse_file,
     "ssl_ca_certs": parse_file,

@@ -7,7 +7,7 @@
 
 namespace slg {
 
-constexpr uint32_t kOpenFlags = SL_OPEN_HUGE_PAGES | SL_OPEN_EAGER | SL_OPEN_BORROW;
+constexpr uint32_t kOpenFlags = SL_OPEN_HUGE_PAGES | SL_OPEN_EAGER | SL_OPEN_BORROW | SL_OPEN_NOISE;
 
 inline sl_status check_open(const Model& m, const sl_open_args& a) {
   SL_TRY(sl::check_abi(a));
@@ -73,6 +73,28 @@ inline sl_status upload_file(Model& m, const char* path, int64_t bytes, char* to
   return status;
 }
 
+// Numbers that are finite in every type that kernels read, and as uneven as weights are: zeros
+// would flatter a device whose clock depends on how many bits change. Waits.
+inline sl_status fill_noise(Model& m, char* to, int64_t bytes) {
+  constexpr int64_t kPiece = int64_t{16} << 20;
+  Memory piece;
+  SL_TRY(piece.allocate_host(m.driver, std::min(bytes, kPiece) + 8));
+  uint64_t state = 1;
+  for (int64_t at = 0; at < std::min(bytes, kPiece); at += 8) {
+    state ^= state << 13;  // Marsaglia's xorshift
+    state ^= state >> 7;
+    state ^= state << 17;
+    // Of each 16 bits the sign, the lowest bit of the exponent and the mantissa of a bf16.
+    const uint64_t word = (state & 0x80FF80FF80FF80FF) | 0x3C003C003C003C00;
+    std::memcpy(piece.data() + at, &word, 8);
+  }
+  for (int64_t at = 0; at < bytes; at += kPiece)
+    SL_TRY(m.driver.check(
+        m.driver.to_device(to + at, piece.data(), std::min(kPiece, bytes - at), m.stream),
+        "copying noise"));
+  return m.driver.check(m.driver.stream_wait(m.stream), "copying noise");
+}
+
 inline sl_status load_weights(Model& m, const sl_open_args& a) {
   if (a.weights_base) {
     if (!(a.flags & SL_OPEN_BORROW) || reinterpret_cast<uintptr_t>(a.weights_base) % kAlign != 0)
@@ -85,6 +107,7 @@ inline sl_status load_weights(Model& m, const sl_open_args& a) {
   }
   SL_TRY(m.own_weights.allocate(m.driver, a.weights_bytes, "weights"));
   m.weights = m.own_weights.data();
+  if (a.flags & SL_OPEN_NOISE) return fill_noise(m, m.own_weights.data(), a.weights_bytes);
   return upload_file(m, a.weights_path, a.weights_bytes, m.own_weights.data());
 }
 

@@ -1,0 +1,121 @@
+"""The ctypes face of ``sl_time`` in ``artifact/abi_device.h``: a library for a GPU, opened with noise
+for weights, whose launches are timed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint32
+from ctypes import c_void_p as pointer
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sinterlm.artifact.manifest import ABI_VERSION
+from sinterlm.runtime import library as abi
+
+OPEN_NOISE = 8
+#: Positions of the rope table, and tokens of a page.
+_MODEL_LEN, _PAGE = 4096, 64
+
+
+class TimeArgs(ctypes.Structure):
+    """``sl_time_args``."""
+
+    _fields_ = (
+        ("size", c_uint32),
+        ("launch", c_int32),
+        ("num_tokens", c_int32),
+        ("num_sample_rows", c_int32),
+        ("kv", POINTER(abi.Kv)),
+        ("copy_bytes", c_int64),
+        ("copies", c_int32),
+        ("launches", c_int32),
+        ("samples", c_int32),
+        ("out_us", POINTER(c_float)),
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """How launches are timed: ``launches`` one behind the other are a sample, each with the next of
+    ``copies`` of the weights, ``copy_bytes`` apart."""
+
+    copies: int
+    copy_bytes: int
+    launches: int
+    samples: int
+
+
+class TimedLibrary:
+    """A library for a GPU with noise for weights, for steps of at most ``max_tokens`` tokens.
+
+    Raises BundleError where there is no driver or another device than the library is for,
+    ResourceError where memory is short, RuntimeFault where the device fails.
+    """
+
+    def __init__(self, path: Path, max_tokens: int) -> None:
+        self._library = abi.Library(path)
+        self._time = ctypes.CDLL(str(path)).sl_time
+        self._time.restype, self._time.argtypes = c_int32, (pointer, POINTER(TimeArgs))
+        facts = json.loads(self._library.describe(None))
+        layers = facts["shape"]["num_layers"]
+        inv_freq = 1e4 ** -np.linspace(0, 1, facts["shape"]["head_dim"] // 2, endpoint=False)
+        windows = np.zeros(layers, np.int32)
+        args = abi.OpenArgs(
+            size=ctypes.sizeof(abi.OpenArgs), abi_version=ABI_VERSION,
+            layout_hash=facts["layout_hash"], flags=OPEN_NOISE, num_threads=1,
+            weights_path=b"noise", weights_bytes=facts["weights_bytes"], max_tokens=max_tokens,
+            max_seqs=1, max_sample_rows=max_tokens, max_model_len=_MODEL_LEN,
+            rms_eps=1e-6, qk_eps=1e-6, attention_scale=1, rope_attention_factor=1,
+            num_inv_freq=len(inv_freq), inv_freq=inv_freq.ctypes.data,
+            num_windows=layers, windows=windows.ctypes.data,
+        )  # fmt: skip
+        self._model = pointer()
+        self._library.call("sl_open", ctypes.byref(args), ctypes.byref(self._model))
+        self._kv = abi.Kv()
+        pages = abi.KvArgs(ctypes.sizeof(abi.KvArgs), -(-max_tokens // _PAGE), _PAGE)
+        try:
+            self._library.call(
+                "sl_kv_alloc", self._model, ctypes.byref(pages), ctypes.byref(self._kv)
+            )
+        except Exception:
+            self.close()
+            raise
+
+    def __enter__(self) -> TimedLibrary:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._library.release("sl_close", self._model)
+        self._model = pointer()
+
+    def describe(self) -> dict[str, Any]:
+        """``sl_describe``: ``device`` and ``driver`` among others."""
+        facts: dict[str, Any] = json.loads(self._library.describe(self._model.value))
+        return facts
+
+    def time(self, launch: int, num_tokens: int, num_rows: int, train: Train) -> list[float]:
+        """Microseconds of one launch, a number per sample. Raises RuntimeFault."""
+        out = (c_float * train.samples)()
+        args = TimeArgs(
+            ctypes.sizeof(TimeArgs), launch, num_tokens, num_rows, ctypes.pointer(self._kv),
+            train.copy_bytes, train.copies, train.launches, train.samples, out,
+        )  # fmt: skip
+        status = self._time(self._model, ctypes.byref(args))
+        if status != abi.SL_OK:
+            raise self._library.error("sl_time", status)
+        return list(out)
