@@ -67,9 +67,9 @@ typedef struct sl_time_args {
   int32_t num_tokens;      /* of the step */
   int32_t num_sample_rows; /* of the step */
   const sl_kv* kv;         /* pages for num_tokens tokens; they are written to */
-  int64_t copy_bytes;      /* a multiple of 256: launch i reads its weights at (i % copies) * this */
-  int32_t copies;          /* behind where the table has them, so that no cache holds them; >= 1 */
-  int32_t launches;        /* of a sample: so many, one behind the other, in one graph */
+  int64_t copy_bytes; /* a multiple of 256: launch i reads its weights at (i % copies) * this */
+  int32_t copies;     /* behind where the table has them, so that no cache holds them; >= 1 */
+  int32_t launches;   /* of a sample: so many, one behind the other, in one graph */
   int32_t samples;
   float* out_us; /* [samples] microseconds of a launch, the sample's time over its launches */
 } sl_time_args;

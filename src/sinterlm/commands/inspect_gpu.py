@@ -38,7 +38,8 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
     return {
         "device": table.device,
         "machines": DEVICES[table.device].machines,
-        "tiles": f"tuned for {tuned} of {len(table.kernels)} kernels" if tuned
+        "tiles": f"tuned for {tuned} of {len(table.kernels)} kernels"
+        if tuned
         else read_tiles(table.device).status,
         "per_step": len(table.launches),
         "per_layer": sum(launch.layer == 0 for launch in table.launches),

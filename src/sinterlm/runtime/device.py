@@ -1,5 +1,5 @@
-"""The ctypes face of ``sl_time`` in ``artifact/abi_device.h``: a library for a GPU, opened with noise
-for weights, whose launches are timed.
+"""The ctypes face of ``sl_time`` in ``artifact/abi_device.h``: a library for a GPU, opened with
+noise for weights, whose launches are timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sinterlm.artifact.manifest import ABI_VERSION
+from sinterlm.errors import BundleError, ResourceError
 from sinterlm.runtime import library as abi
 
 OPEN_NOISE = 8
@@ -54,8 +55,8 @@ class Train:
 class TimedLibrary:
     """A library for a GPU with noise for weights, for steps of at most ``max_tokens`` tokens.
 
-    Raises BundleError where there is no driver or another device than the library is for,
-    ResourceError where memory is short, RuntimeFault where the device fails.
+    Raises ResourceError where there is no driver, or another device than the library is for, or
+    not the memory; RuntimeFault where the device fails.
     """
 
     def __init__(self, path: Path, max_tokens: int) -> None:
@@ -76,7 +77,10 @@ class TimedLibrary:
             num_windows=layers, windows=windows.ctypes.data,
         )  # fmt: skip
         self._model = pointer()
-        self._library.call("sl_open", ctypes.byref(args), ctypes.byref(self._model))
+        try:
+            self._library.call("sl_open", ctypes.byref(args), ctypes.byref(self._model))
+        except BundleError as exc:  # there is no bundle that could be made again
+            raise ResourceError(self._library.last_error()) from exc
         self._kv = abi.Kv()
         pages = abi.KvArgs(ctypes.sizeof(abi.KvArgs), -(-max_tokens // _PAGE), _PAGE)
         try:

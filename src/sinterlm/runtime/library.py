@@ -218,10 +218,14 @@ class Library:
         self._functions["sl_describe"](model, text, needed)
         return text.value.decode()
 
+    def last_error(self) -> str:
+        """The message of this thread's last failure."""
+        raw = ctypes.cast(self._functions["sl_last_error"](), c_char_p).value or b""
+        return raw.decode(errors="replace")
+
     def error(self, name: str, status: int) -> SinterError:
         """What ``call`` raises for a ``status`` that the function ``name`` has just returned."""
-        raw = ctypes.cast(self._functions["sl_last_error"](), c_char_p).value or b""
-        message = raw.decode(errors="replace") or f"status {status}"
+        message = self.last_error() or f"status {status}"
         if status in (SL_MISMATCH, SL_IO):
             return BundleError(
                 f"{self.path.name}: {message}; rebuild the bundle with `sinterlm compile MODEL`"

@@ -52,7 +52,7 @@ def cuts_for(task: Task) -> list[Cut]:
 
 
 def _grid(task: Task) -> Iterator[Cut]:
-    is_hip, few = task.device.vendor == "hip", 0 < task.max_rows
+    is_hip, few = task.device.vendor == "hip", task.max_rows > 0
     rows = (16,) if 0 < task.max_rows <= 16 else (16, 32, 64) if few else (64, 128, 256)
     splits = [1 << i for i in range(_DEEPEST.bit_length())] if few and not task.is_head else [1]
     for values in product(
@@ -77,7 +77,7 @@ def is_legal(cut: Cut, task: Task) -> bool:
     return (
         task.columns % cut.BN == 0
         and task.depth % cut.BK == 0
-        and cut.SPLIT <= task.depth // cut.BK
+        and task.depth // cut.BK >= cut.SPLIT
         and cut.BM * columns >= 256 * cut.num_warps
         # One buffer less than stages, as a stage may be in registers.
         and stage * max(1, cut.num_stages - 1) <= device.shared_bytes
@@ -93,8 +93,8 @@ def kernel_of(cut: Cut, task: Task) -> Kernel | None:
     constants = {**task.start.constants, "BM": cut.BM, "BN": cut.BN, "BK": cut.BK,
                  "GROUP_M": cut.GROUP_M, "SPLIT": cut.SPLIT}  # fmt: skip
     times = task.columns // cut.BN * cut.SPLIT
-    along, *others = task.start.grid
-    wanted = replace(task.start, grid=(replace(along, per=cut.BM, times=times), *others),
+    x, y, z = task.start.grid
+    wanted = replace(task.start, grid=(replace(x, per=cut.BM, times=times), y, z),
                      constants=constants, options={**task.start.options, **held})  # fmt: skip
     made = task.table(task.entry(wanted, "a candidate")).kernels[0]
     return made if Cut.of(made) == cut else None

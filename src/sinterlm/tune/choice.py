@@ -25,7 +25,7 @@ def choose(searches: Sequence[Search]) -> list[Chosen]:
         allowed = {
             cut: pair
             for cut, pair in search.measured().items()
-            if not search.task.is_head or cut.BN == width
+            if not search.task.is_head or width == cut.BN
         }
         if allowed:
             kernel, result = min(allowed.values(), key=lambda pair: pair[1].total_us)
@@ -42,7 +42,7 @@ def _head_width(heads: Sequence[Search]) -> int:
     widths = set.intersection(*({cut.BN for cut in s.measured()} for s in heads))
     for width in sorted(widths):
         costs[width] = sum(
-            math.log(min(r.total_us for c, (_, r) in s.measured().items() if c.BN == width))
+            math.log(min(r.total_us for c, (_, r) in s.measured().items() if width == c.BN))
             for s in heads
         )
     return min(costs, key=lambda width: costs[width], default=start)

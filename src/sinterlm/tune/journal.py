@@ -1,5 +1,5 @@
-"""What was measured, one JSON object a line, written as soon as it is known: a run that was cut off,
-or ended by its time limit, goes on where it stopped. A line that is cut off counts as not there.
+"""What was measured, one JSON object a line, written as soon as it is known: a run that was cut
+off, or ended by its time limit, goes on where it stopped. A line that is cut off does not count.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class Tuner:
     journal: Journal
     deadline: float  #: of time.monotonic()
     say: Callable[[str], None]
-    driver: str = ""
     device: str = ""
+    driver: str = ""
 
     def run(self, searches: Sequence[Search], batch: int) -> bool:
         """Try candidates, ``batch`` of each task per round, until there are none (True) or time is

@@ -68,7 +68,7 @@ class Task:
     def columns(self) -> int:
         """That the grid covers, in tiles of BN."""
         constants = self.start.constants
-        return self.start.grid[0].times // constants.get("SPLIT", 1) * int(constants["BN"])
+        return self.start.grid[0].times // int(constants.get("SPLIT", 1)) * int(constants["BN"])
 
     @property
     def depth(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -77,7 +78,9 @@ class WorkerTimer:
         """See ``Timer``."""
         self._number += 1  # a name that the process has not loaded yet
         path = Path(self._folder.name) / f"trial-{self._number}.so"
-        path.write_bytes(join(self._host, archive(trial.table.to_text(), made)))
+        kernels = trial.table.kernels
+        objects = [replace(o, kernel=k) for o, k in zip(made, kernels, strict=True)]
+        path.write_bytes(join(self._host, archive(trial.table.to_text(), objects)))
         most = max((tokens for tokens, _ in steps), default=1)
         job = {"library": str(path), "max_tokens": most,
                "steps": list(steps), "train": asdict(trial.train)}  # fmt: skip
@@ -136,10 +139,8 @@ class WorkerTimer:
         if process is None:
             return
         process.kill()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            pass
 
 
 def _forward(lines: Any, to: queue.Queue[str]) -> None:

@@ -1,4 +1,4 @@
-"""Times libraries in a process of its own, so that a kernel which hangs or ends it ends nothing else.
+"""Times libraries in a process of its own, which a kernel may hang or end.
 
     python -m sinterlm.tune.worker        jobs as JSON lines on stdin, answers on stdout
 

@@ -1,5 +1,5 @@
-"""Tile choices: the JSON tables of ``tiles/``, those that ``sinterlm tune`` writes, and what becomes
-of an entry at a real shape.
+"""Tile choices: the JSON tables of ``tiles/``, those that ``sinterlm tune`` writes, and what
+becomes of an entry at a real shape.
 
 A shipped table holds starting points with their source; no device has measured any of them, and its
 ``status`` says so. An entry is cut down where a matrix is not a multiple of it. A tuned table holds

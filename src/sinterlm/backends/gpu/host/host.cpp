@@ -19,8 +19,8 @@ inline std::string describe(const Table& t, const Model* m) {
       << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")
       << ", \"vocab_size\": " << t.fact("vocab") << "}, \"probe_bytes\": 0";
   if (m)
-    out << ", \"device\": \"" << m->driver.device()
-        << "\", \"driver\": \"" << m->driver.version() << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
+    out << ", \"device\": \"" << m->driver.device() << "\", \"driver\": \"" << m->driver.version()
+        << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
         << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1";
   out << ", \"ops\": []}";
   return out.str();
