@@ -11,11 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import subprocess
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,6 @@ from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.interpreter import ELEMENTS, run_kernel
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Kernel, Table
-from tests.conftest import ROOT
 from tests.gpu.code_objects import CodeObject, image_bytes, read_code_object
 
 CALL = ctypes.CFUNCTYPE(
@@ -33,19 +29,6 @@ CALL = ctypes.CFUNCTYPE(
 SIZES = {"i32": 4, "i64": 8}
 OUT_OF_MEMORY, NO_BINARY, NOT_ALLOWED_IN_CAPTURE, ILLEGAL_ADDRESS = 2, 209, 900, 700
 MAX_THREADS = 1024
-
-
-def build_driver(folder: Path, vendor: str) -> Path:
-    """The fake driver of ``hip`` or ``cuda``, against the headers that Triton's wheel brings."""
-    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
-    out = folder / ("libamdhip64.so" if vendor == "hip" else "libcuda.so.1")
-    includes = [backends / "amd/include", backends / "nvidia/include",
-                *(ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
-                                                      "artifact"))]  # fmt: skip
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-DFAKE_{vendor.upper()}"]
-    command += [f"-I{path}" for path in includes]
-    subprocess.run([*command, ROOT / "tests/gpu/fake_driver.cpp", "-o", out], check=True)
-    return out
 
 
 @dataclass

@@ -24,7 +24,8 @@ from sinterlm.tune.search import steps_of
 from sinterlm.tune.tasks import Task, nothing
 from sinterlm.tune.timer import TrialFailed
 from tests.conftest import ROOT
-from tests.gpu.recording import Launched, RecordingDriver, build_driver
+from tests.gpu.host import build_driver
+from tests.gpu.recording import Launched, RecordingDriver
 from tests.gpu.tuned import DriverTimer
 from tests.gpu.tuned import tasks as tasks_of
 
