@@ -21,8 +21,8 @@ from sinterlm.errors import BundleError, ResourceError, RuntimeFault
 from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling
 from tests.conftest import ROOT
-from tests.gpu.host import PROMPTS, Machine, batch, steps_of
-from tests.gpu.recording import Launched, RecordingDriver, build_driver
+from tests.gpu.host import PROMPTS, Machine, batch, build_driver, steps_of
+from tests.gpu.recording import Launched, RecordingDriver
 
 pytestmark = pytest.mark.usefixtures("triton")
 
