@@ -40,6 +40,7 @@ def driver(
 ) -> Iterator[RecordingDriver]:  # fmt: skip
     """A driver without kernels, which does not run what it is given, and few copies of weights."""
     monkeypatch.setattr(tasks, "MOST_COPIES", 3)
+    monkeypatch.setattr(tasks, "WARMUP_US", 0.0)
     device = DEVICES[getattr(request, "param", "gfx942")]
     made = RecordingDriver(device, Table(device.name, {}, (), (), (), ()), [])
     path = build_driver(tmp_path, device.vendor)
@@ -62,7 +63,9 @@ def time_start(timer: DriverTimer, task: Task, memo: Memo) -> list[list[float]]:
     return timer.time(task.trial(task.start), made, steps_of(task)).samples
 
 
-def test_one_candidate_is_timed(driver: RecordingDriver, host: bytes, memo: Memo) -> None:
+def test_one_candidate_is_timed(
+    driver: RecordingDriver, host: bytes, memo: Memo, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """A train of launches by a graph, each with the next copy of the weights; the time of one is
     the events' over their number."""
     (task,) = tasks_of(ops=["o_residual"], sizes=[3, 16])
@@ -76,6 +79,10 @@ def test_one_candidate_is_timed(driver: RecordingDriver, host: bytes, memo: Memo
     assert driver.faults == [] and not driver.memory and not driver.pinned
     launches = trial.train.launches * (9 + 1) + 1  # samples, one more to warm up, one alone
     assert len(driver.trace) == 2 * launches
+    driver.trace.clear()
+    monkeypatch.setattr(tasks, "WARMUP_US", 5 * 10.0 * trial.train.launches)
+    time_start(timer, task, memo)  # as many warm up as it takes: five, then three of 23 us a launch
+    assert len(driver.trace) == 2 * (9 * trial.train.launches + 1) + 8 * trial.train.launches
     weights = [launched.args[1] - driver.trace[0].args[1] for launched in driver.trace]
     assert sorted(set(weights)) == [i * trial.train.copy_bytes for i in range(3)]
     assert weights[1:5] == [0, *(i * trial.train.copy_bytes for i in (1, 2)), 0]
@@ -132,6 +139,7 @@ def test_arguments_are_checked(
                     (0, 1, 0, Train(9, 1 << 20, 1, 1), "9 copies of 1048576 bytes"),
                     (0, 1, 0, Train(1, 100, 1, 1), "1 copies of 100 bytes"),
                     (0, 1, 0, Train(1, 0, 0, 1), "launches is 0"),
+                    (0, 1, 0, Train(1, 0, 1, 1, float("nan")), "warmup_us is nan"),
                 ):
                     with pytest.raises(RuntimeFault, match=why):
                         library.time(launch, tokens, rows, train)
@@ -139,7 +147,7 @@ def test_arguments_are_checked(
             return {"device": "", "driver": "", "samples": []}
 
     Timer(host, 60, driver).time(task.trial(task.start), made, [(16, 0)])
-    assert len(seen) == 6 and driver.trace == []
+    assert len(seen) == 7 and driver.trace == []
 
 
 @pytest.mark.slow

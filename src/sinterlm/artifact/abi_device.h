@@ -71,7 +71,8 @@ typedef struct sl_time_args {
   int32_t copies;     /* behind where the table has them, so that no cache holds them; >= 1 */
   int32_t launches;   /* of a sample: so many, one behind the other, in one graph */
   int32_t samples;
-  float* out_us; /* [samples] microseconds of a launch, the sample's time over its launches */
+  float warmup_us; /* samples are run, and not told, for so long: clocks rise; once at least */
+  float* out_us;   /* [samples] microseconds of a launch, the sample's time over its launches */
 } sl_time_args;
 
 /* Fills every buffer with noise, runs the launch for a step of such sizes, and times it. What the

@@ -37,6 +37,7 @@ class TimeArgs(ctypes.Structure):
         ("copies", c_int32),
         ("launches", c_int32),
         ("samples", c_int32),
+        ("warmup_us", c_float),
         ("out_us", POINTER(c_float)),
     )
 
@@ -50,6 +51,7 @@ class Train:
     copy_bytes: int
     launches: int
     samples: int
+    warmup_us: float = 0.0  #: before the first sample, at least one of which is run and not told
 
 
 class TimedLibrary:
@@ -117,7 +119,7 @@ class TimedLibrary:
         out = (c_float * train.samples)()
         args = TimeArgs(
             ctypes.sizeof(TimeArgs), launch, num_tokens, num_rows, ctypes.pointer(self._kv),
-            train.copy_bytes, train.copies, train.launches, train.samples, out,
+            train.copy_bytes, train.copies, train.launches, train.samples, train.warmup_us, out,
         )  # fmt: skip
         status = self._time(self._model, ctypes.byref(args))
         if status != abi.SL_OK:

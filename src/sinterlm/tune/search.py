@@ -1,11 +1,12 @@
 """The search: rounds of candidates that are compiled side by side and then timed one by one.
 
-Of every task the candidates nearest to the best one so far come next, so that what a time limit
-leaves out is what lies far from anything good. All is deterministic but the times.
+Of every task the candidates nearest to the best one so far come next, and every third one is drawn
+from all, lest the search stay where it began. All is deterministic but the times.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,15 +36,20 @@ class Search:
 
     def __post_init__(self) -> None:
         self.space = cuts_for(self.task)
+        self._drawn = random.Random(self.task.name).sample(self.space, len(self.space))
 
     def next(self, count: int) -> list[tuple[Cut, Kernel]]:
-        """Up to ``count`` untried candidates: the starting point, then the nearest to the best."""
+        """Up to ``count`` untried candidates, the starting point first."""
         around = self.best or self.space[0]
-        left = sorted((cut for cut in self.space if cut not in self.tried), key=around.steps_to)
+        left = {cut: None for cut in sorted(self.space, key=around.steps_to)}
+        drawn = iter(self._drawn)
         found: list[tuple[Cut, Kernel]] = []
-        for cut in left:
-            if len(found) == min(count, self.most - len(self.tried)):
-                break
+        for cut in self.tried:
+            left.pop(cut, None)
+        while left and len(found) < min(count, self.most - len(self.tried)):
+            is_third = (len(self.tried) + len(found)) % 3 == 2
+            cut = next(c for c in drawn if c in left) if is_third else next(iter(left))
+            del left[cut]
             kernel = kernel_of(cut, self.task)
             if kernel is None:
                 self.space.remove(cut)

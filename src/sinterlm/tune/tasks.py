@@ -22,7 +22,7 @@ from sinterlm.runtime.device import Train
 #: Bytes of weights that launches rotate through, so that no last-level cache (256 MB on the largest
 #: of our devices) holds what the next one reads; and most copies, which only tiny matrices reach.
 ROTATED_BYTES, MOST_COPIES = 512 << 20, 256
-_LEAST_LAUNCHES, _SAMPLES = 16, 9
+_LEAST_LAUNCHES, _SAMPLES, WARMUP_US = 16, 9, 50_000.0
 _ALIGN = 256
 #: Kernels that compute two blocks of columns at once.
 _PAIRS = ("norm_qkv_rope_kv", "norm_gate_up_act")
@@ -123,7 +123,7 @@ class Task:
                 launches=(Launch(self.slot, 0, args),),
                 choices=(replace(table.choices[0], most=0, kernel=0),),
             ),
-            Train(copies, copy_bytes, max(copies, _LEAST_LAUNCHES), _SAMPLES),
+            Train(copies, copy_bytes, max(copies, _LEAST_LAUNCHES), _SAMPLES, WARMUP_US),
         )
 
     def _packed(self, launch: Launch) -> tuple[tuple[str, ...], int]:

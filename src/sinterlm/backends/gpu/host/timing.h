@@ -57,6 +57,8 @@ inline sl_status check_time(const Model& m, const sl_time_args& a) {
   SL_TRY(sl::check_range("copies", a.copies, 1, 1 << 20));
   SL_TRY(sl::check_range("launches", a.launches, 1, 1 << 20));
   SL_TRY(sl::check_range("samples", a.samples, 1, 1 << 20));
+  if (!(a.warmup_us >= 0 && a.warmup_us <= 1e7f))
+    return fail(SL_INVALID, "warmup_us is %g and must be in [0, 1e7]", double{a.warmup_us});
   if (!a.kv || !a.out_us) return fail(SL_INVALID, "sl_time: a required pointer is null");
   if (a.copy_bytes < 0 || a.copy_bytes % kAlign != 0 ||
       a.copy_bytes > int64_t(m.args.weights_bytes) / a.copies)
@@ -117,13 +119,15 @@ inline sl_status time_train(Model& m, const Sizes& sizes, const sl_time_args& a)
   Event begin, end;
   SL_TRY(begin.create(m.driver));
   SL_TRY(end.create(m.driver));
-  for (int i = -1; i < a.samples; ++i) {  // the first one warms up
+  float warm = 0;
+  for (int i = -1; i < a.samples; i += i >= 0 || warm >= a.warmup_us) {
     SL_TRY(begin.record(m.stream));
     SL_TRY(m.driver.check(m.driver.graph_launch(train.graph, m.stream), "launching a graph"));
     SL_TRY(end.record(m.stream));
     SL_TRY(m.driver.check(m.driver.stream_wait(m.stream), "running the launches"));
     float us = 0;
     SL_TRY(end.since(begin, &us));
+    warm += us;
     if (i >= 0) a.out_us[i] = us / static_cast<float>(a.launches);
   }
   return SL_OK;
