@@ -80,6 +80,9 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None  #: None = from what the cgroup leaves free
     #: Instead of bytes: a share of the memory that weights and working buffers leave; None = 0.9.
     kv_cache_memory_fraction: float | None = None
+    #: On a GPU, instead of bytes: the share of its memory that weights, working buffers and the KV
+    #: cache have together; None = 0.9.
+    gpu_memory_utilization: float | None = None
     block_size: int = 64  #: tokens per KV page, a multiple of 16
     num_threads: int | None = None  #: None = the CPUs this process may use
     #: Pin worker i to cpu_ids[i]; None = pinned when there is one worker for every CPU.

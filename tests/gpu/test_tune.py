@@ -364,7 +364,7 @@ import json, os, sys, time
 for line in sys.stdin:
     job = json.loads(line)
     assert os.path.exists(job["library"])
-    what = job["max_tokens"]
+    what = job["max_tokens"]  # and outputs are not looked at here
     if what == 2: os._exit(9)
     if what == 3: time.sleep(60)
     if what == 4: answer = {"error": "an illegal address", "is_setup": False}

@@ -77,11 +77,13 @@ def test_one_candidate_is_timed(
     samples = time_start(timer, task, memo)
     assert samples == [[pytest.approx(10.0)] * 9, [pytest.approx(23.0)] * 9]
     assert driver.faults == [] and not driver.memory and not driver.pinned
+    del driver.trace[:3]  # for its results, before it is timed
     launches = trial.train.launches * (9 + 1) + 1  # samples, one more to warm up, one alone
     assert len(driver.trace) == 2 * launches
     driver.trace.clear()
     monkeypatch.setattr(tasks, "WARMUP_US", 5 * 10.0 * trial.train.launches)
     time_start(timer, task, memo)  # as many warm up as it takes: five, then three of 23 us a launch
+    del driver.trace[:3]
     assert len(driver.trace) == 2 * (9 * trial.train.launches + 1) + 8 * trial.train.launches
     weights = [launched.args[1] - driver.trace[0].args[1] for launched in driver.trace]
     assert sorted(set(weights)) == [i * trial.train.copy_bytes for i in range(3)]
@@ -115,6 +117,24 @@ def test_what_cannot_be_timed_is_named(
     assert time_start(timer, task, memo), "another one is timed"
     driver.fails["module_load"] = 209
     with pytest.raises(TrialFailed, match="compiled for gfx942"):
+        time_start(timer, task, memo)
+
+
+@pytest.mark.parametrize("change", [0x8000, 0x7FFF])
+def test_wrong_results_are_failures(
+    driver: RecordingDriver, host: bytes, memo: Memo, change: int
+) -> None:
+    """A sign, and NaN, in one number of the stream that the first candidate left otherwise."""
+    (task,) = tasks_of(ops=["o_residual"], sizes=[16])
+    timer = DriverTimer(host, 60, driver)
+    assert time_start(timer, task, memo)
+
+    def run(launched: Launched) -> None:
+        stream = driver.bytes_from(driver.bound["buffer:x"]).view("u2")
+        stream[3] = stream[3] ^ 0x8000 if change == 0x8000 else change
+
+    driver.run = run
+    with pytest.raises(TrialFailed, match="buffer:x is off by"):
         time_start(timer, task, memo)
 
 

@@ -52,6 +52,21 @@ SL_API sl_status sl_bind(sl_model* model, const sl_bind_args* args);
  * captured. */
 SL_API sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args);
 
+/* Without a model: the memory of the device that sl_open would take. */
+typedef struct sl_memory_args {
+  uint32_t size;
+  int32_t max_tokens; /* these as sl_open takes them */
+  int32_t max_seqs;
+  int32_t max_sample_rows;
+  int32_t max_model_len;
+  int32_t num_slots;
+  uint64_t* out_free;      /* bytes that nobody has */
+  uint64_t* out_total;     /* bytes of the device */
+  uint64_t* out_workspace; /* bytes that such a model takes beside weights and pages */
+} sl_memory_args;
+
+SL_API sl_status sl_memory(const sl_memory_args* args);
+
 /* For whoever verifies kernels on a device: steps run the launches [first, last) of the table
  * alone, eagerly, and draw nothing (every token is -1); 0, 0 = steps are whole again. */
 SL_API sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last);

@@ -1,12 +1,13 @@
-"""The ctypes face of ``sl_time`` in ``artifact/abi_device.h``: a library for a GPU, opened with
-noise for weights, whose launches are timed.
+"""The ctypes face of ``sl_memory`` and ``sl_time`` in ``artifact/abi_device.h``: what memory the
+device has, and a library for it, opened with noise for weights, whose launches are timed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-from ctypes import POINTER, c_float, c_int32, c_int64, c_uint32
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.errors import BundleError, ResourceError
@@ -22,6 +24,26 @@ from sinterlm.runtime import library as abi
 OPEN_NOISE = 8
 #: Positions of the rope table, and tokens of a page.
 _MODEL_LEN, _PAGE = 4096, 64
+
+
+#: A buffer that a launch writes: what the table calls it, its element type, bytes to look at.
+Output = tuple[str, str, int]
+
+
+class MemoryArgs(ctypes.Structure):
+    """``sl_memory_args``."""
+
+    _fields_ = (
+        ("size", c_uint32),
+        ("max_tokens", c_int32),
+        ("max_seqs", c_int32),
+        ("max_sample_rows", c_int32),
+        ("max_model_len", c_int32),
+        ("num_slots", c_int32),
+        ("out_free", POINTER(c_uint64)),
+        ("out_total", POINTER(c_uint64)),
+        ("out_workspace", POINTER(c_uint64)),
+    )
 
 
 class TimeArgs(ctypes.Structure):
@@ -40,6 +62,36 @@ class TimeArgs(ctypes.Structure):
         ("warmup_us", c_float),
         ("out_us", POINTER(c_float)),
     )
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device, and those that a model works in, beside weights and KV pages."""
+
+    free: int
+    total: int
+    workspace: int
+
+
+def device_memory(
+    path: Path, *, max_tokens: int, max_seqs: int, max_sample_rows: int, max_model_len: int
+) -> DeviceMemory:
+    """Of the device that the GPU library at ``path`` would be opened on, for a model of such sizes.
+
+    Raises ResourceError where there is no driver or no device, RuntimeFault otherwise.
+    """
+    library = abi.Library(path)
+    ask = ctypes.CDLL(str(path)).sl_memory
+    ask.restype, ask.argtypes = c_int32, (POINTER(MemoryArgs),)
+    out = [c_uint64() for _ in range(3)]
+    args = MemoryArgs(ctypes.sizeof(MemoryArgs), max_tokens, max_seqs, max_sample_rows,
+                      max_model_len, 0, *map(ctypes.pointer, out))  # fmt: skip
+    status = ask(ctypes.byref(args))
+    if status == abi.SL_MISMATCH:
+        raise ResourceError(library.last_error())
+    if status != abi.SL_OK:
+        raise library.error("sl_memory", status)
+    return DeviceMemory(*(number.value for number in out))
 
 
 @dataclass(frozen=True)
@@ -63,8 +115,10 @@ class TimedLibrary:
 
     def __init__(self, path: Path, max_tokens: int) -> None:
         self._library = abi.Library(path)
-        self._time = ctypes.CDLL(str(path)).sl_time
+        dll = ctypes.CDLL(str(path))
+        self._time, self._peek = dll.sl_time, dll.sl_peek
         self._time.restype, self._time.argtypes = c_int32, (pointer, POINTER(TimeArgs))
+        self._peek.restype, self._peek.argtypes = c_int32, (pointer, c_char_p, pointer, c_int64)
         facts = json.loads(self._library.describe(None))
         layers = facts["shape"]["num_layers"]
         inv_freq = 1e4 ** -np.linspace(0, 1, facts["shape"]["head_dim"] // 2, endpoint=False)
@@ -121,7 +175,26 @@ class TimedLibrary:
             ctypes.sizeof(TimeArgs), launch, num_tokens, num_rows, ctypes.pointer(self._kv),
             train.copy_bytes, train.copies, train.launches, train.samples, train.warmup_us, out,
         )  # fmt: skip
-        status = self._time(self._model, ctypes.byref(args))
-        if status != abi.SL_OK:
-            raise self._library.error("sl_time", status)
+        self._check("sl_time", self._time(self._model, ctypes.byref(args)))
         return list(out)
+
+    def outputs(
+        self, launch: int, num_tokens: int, num_rows: int, names: Sequence[Output]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What a launch leaves of noise, which is the same for every library. Raises RuntimeFault.
+
+        It is run three times: what it adds up is added three times.
+        """
+        self.time(launch, num_tokens, num_rows, Train(1, 0, 1, 1))
+        found = {}
+        for name, kind, nbytes in names:
+            raw = np.empty(nbytes // 2, np.uint16)
+            self._check("sl_peek", self._peek(
+                self._model, name.encode(), raw.ctypes.data, raw.nbytes))  # fmt: skip
+            is_wide = kind == "*fp32"
+            found[name] = (raw if is_wide else raw.astype(np.uint32) << 16).view(np.float32)
+        return found
+
+    def _check(self, name: str, status: int) -> None:
+        if status != abi.SL_OK:
+            raise self._library.error(name, status)

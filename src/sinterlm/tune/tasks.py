@@ -12,12 +12,13 @@ from typing import Any
 
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import MAX_SEQS, launch_table, made_for
+from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Kernel, Launch, Table
 from sinterlm.backends.gpu.tuning import Entry, Stored, TileTable
 from sinterlm.errors import UsageError
 from sinterlm.ir import ops
 from sinterlm.ir.plan import PackedTensor, Plan
-from sinterlm.runtime.device import Train
+from sinterlm.runtime.device import Output, Train
 
 #: Bytes of weights that launches rotate through, so that no last-level cache (256 MB on the largest
 #: of our devices) holds what the next one reads; and most copies, which only tiny matrices reach.
@@ -26,6 +27,9 @@ _LEAST_LAUNCHES, _SAMPLES, WARMUP_US = 16, 9, 50_000.0
 _ALIGN = 256
 #: Kernels that compute two blocks of columns at once.
 _PAIRS = ("norm_qkv_rope_kv", "norm_gate_up_act")
+#: What kernels write that is looked at. Keys and values go through the same sums as queries.
+_WRITTEN = {"norm_qkv_rope_kv": ("q",), "residual_matmul": ("x", "xw", "ssq"),
+            "norm_gate_up_act": ("h",), "lm_head": ("logits",)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Trial:
 
     table: Table
     train: Train
+    task: str = ""  #: candidates of one task leave the same numbers but for rounding
+    outputs: tuple[Output, ...] = ()  #: these, their bytes per row
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ class Task:
                 choices=(replace(table.choices[0], most=0, kernel=0),),
             ),
             Train(copies, copy_bytes, max(copies, _LEAST_LAUNCHES), _SAMPLES, WARMUP_US),
+            self.name,
+            tuple(_outputs(table)),
         )
 
     def _packed(self, launch: Launch) -> tuple[tuple[str, ...], int]:
@@ -142,6 +150,14 @@ class Task:
                 arg = f"{where}:0"
             args.append(arg)
         return tuple(args), end
+
+
+def _outputs(table: Table) -> Iterator[Output]:
+    kernel = table.kernels[0].name
+    for buffer in table.buffers:
+        if buffer.name in _WRITTEN[kernel]:
+            kind = SIGNATURES[kernel].args[buffer.name]
+            yield f"buffer:{buffer.name}", kind, buffer.nbytes
 
 
 def _tensor_at(plan: Plan, offset: int) -> PackedTensor:

@@ -43,7 +43,8 @@ class Timer(Protocol):
         self, trial: Trial, made: Sequence[Object], steps: Sequence[tuple[int, int]]
     ) -> Timing:
         """``trial`` with its code objects in steps of (tokens, sampled rows). Raises TrialFailed,
-        and ResourceError where no candidate could be timed."""
+        also where its results are not those of the first of the task, and ResourceError where no
+        candidate could be timed."""
         ...
 
 
@@ -82,8 +83,10 @@ class WorkerTimer:
         objects = [replace(o, kernel=k) for o, k in zip(made, kernels, strict=True)]
         path.write_bytes(join(self._host, archive(trial.table.to_text(), objects)))
         most = max((tokens for tokens, _ in steps), default=1)
-        job = {"library": str(path), "max_tokens": most,
-               "steps": list(steps), "train": asdict(trial.train)}  # fmt: skip
+        reference = Path(self._folder.name) / f"{trial.task}.npz"
+        job = {"library": str(path), "max_tokens": most, "steps": list(steps),
+               "train": asdict(trial.train), "reference": str(reference),
+               "outputs": trial.outputs}  # fmt: skip
         try:
             answer = self._ask(job)
         finally:

@@ -99,6 +99,13 @@ sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args) {
   });
 }
 
+sl_status sl_memory(const sl_memory_args* args) {
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_memory", true, args));
+    return slg::tell_memory(*args);
+  });
+}
+
 sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last) {
   return sl::guarded([&] {
     if (!model) return sl::fail(SL_INVALID, "sl_launch_range: a required pointer is null");

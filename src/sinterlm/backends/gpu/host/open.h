@@ -145,16 +145,50 @@ inline sl_status use_workspace(Model& m, char* workspace) {
   return fill_workspace(m, m.rope_cos, m.rope_sin);
 }
 
-inline sl_status open_model(const sl_open_args& a, std::unique_ptr<Model>* out) {
-  auto m = std::make_unique<Model>();
+inline sl_status read_table(Model* m) {
   SL_TRY(read_own_table(&m->table));
   const Table& t = m->table;
   m->shape = {t.fact("layers"),   t.fact("hidden"), t.fact("kv_heads"),
               t.fact("head_dim"), t.fact("vocab"),  t.fact("head_dim")};
+  return SL_OK;
+}
+
+inline sl_status open_driver(Model* m) {
+  return m->driver.open(m->table.device.compare(0, 3, "gfx") == 0);
+}
+
+inline sl_status tell_memory(const sl_memory_args& a) {
+  if (!a.out_free || !a.out_total || !a.out_workspace)
+    return fail(SL_INVALID, "sl_memory: a required pointer is null");
+  Model m;
+  SL_TRY(read_table(&m));
+  SL_TRY(sl::check_range("max_tokens", a.max_tokens, 1, 1 << 20));
+  SL_TRY(sl::check_range("max_seqs", a.max_seqs, 1, a.max_tokens));
+  SL_TRY(sl::check_range("max_sample_rows", a.max_sample_rows, 1, a.max_tokens));
+  SL_TRY(sl::check_range("max_model_len", a.max_model_len, 1, 1 << 24));
+  SL_TRY(sl::check_range("num_slots", a.num_slots, 0, 1 << 24));
+  m.args.max_tokens = a.max_tokens;
+  m.args.max_seqs = a.max_seqs;
+  m.args.max_sample_rows = a.max_sample_rows;
+  m.args.max_model_len = a.max_model_len;
+  m.args.num_slots = a.num_slots;
+  SL_TRY(open_driver(&m));
+  size_t free = 0, total = 0;
+  SL_TRY(m.driver.check(m.driver.memory(&free, &total), "asking for the memory of the device"));
+  *a.out_free = free;
+  *a.out_total = total;
+  *a.out_workspace = lay_out(m).total;
+  return SL_OK;
+}
+
+inline sl_status open_model(const sl_open_args& a, std::unique_ptr<Model>* out) {
+  auto m = std::make_unique<Model>();
+  SL_TRY(read_table(m.get()));
+  const Table& t = m->table;
   SL_TRY(check_open(*m, a));
   m->args = a;
   m->graphs = !(a.flags & SL_OPEN_EAGER);
-  SL_TRY(m->driver.open(t.device.compare(0, 3, "gfx") == 0));
+  SL_TRY(open_driver(m.get()));
   SL_TRY(m->driver.check(m->driver.stream_create(&m->own_stream, kNonBlocking), "a stream"));
   m->stream = m->own_stream;
   SL_TRY(load_kernels(*m));
