@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64
 from ctypes import c_void_p as pointer
 from dataclasses import dataclass
@@ -64,6 +64,20 @@ class TimeArgs(ctypes.Structure):
     )
 
 
+def _function(path: Path, name: str, *types: Any) -> Callable[..., int]:
+    """A function of a loaded library that returns a status. Raises BundleError without it."""
+    try:
+        function = getattr(ctypes.CDLL(str(path)), name)
+    except AttributeError as exc:
+        raise BundleError(
+            f"{path} is of an earlier SinterLM and has no {name}; rebuild the bundle with "
+            "`sinterlm compile MODEL`"
+        ) from exc
+    function.restype, function.argtypes = c_int32, types
+    bound: Callable[..., int] = function
+    return bound
+
+
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes of a device, and those that a model works in, beside weights and KV pages."""
@@ -78,11 +92,11 @@ def device_memory(
 ) -> DeviceMemory:
     """Of the device that the GPU library at ``path`` would be opened on, for a model of such sizes.
 
-    Raises ResourceError where there is no driver or no device, RuntimeFault otherwise.
+    Raises ResourceError where there is no driver or no device, BundleError for a library that is
+    too old, RuntimeFault otherwise.
     """
     library = abi.Library(path)
-    ask = ctypes.CDLL(str(path)).sl_memory
-    ask.restype, ask.argtypes = c_int32, (POINTER(MemoryArgs),)
+    ask = _function(path, "sl_memory", POINTER(MemoryArgs))
     out = [c_uint64() for _ in range(3)]
     args = MemoryArgs(ctypes.sizeof(MemoryArgs), max_tokens, max_seqs, max_sample_rows,
                       max_model_len, 0, *map(ctypes.pointer, out))  # fmt: skip
@@ -115,10 +129,8 @@ class TimedLibrary:
 
     def __init__(self, path: Path, max_tokens: int) -> None:
         self._library = abi.Library(path)
-        dll = ctypes.CDLL(str(path))
-        self._time, self._peek = dll.sl_time, dll.sl_peek
-        self._time.restype, self._time.argtypes = c_int32, (pointer, POINTER(TimeArgs))
-        self._peek.restype, self._peek.argtypes = c_int32, (pointer, c_char_p, pointer, c_int64)
+        self._time = _function(path, "sl_time", pointer, POINTER(TimeArgs))
+        self._peek = _function(path, "sl_peek", pointer, c_char_p, pointer, c_int64)
         facts = json.loads(self._library.describe(None))
         layers = facts["shape"]["num_layers"]
         inv_freq = 1e4 ** -np.linspace(0, 1, facts["shape"]["head_dim"] // 2, endpoint=False)

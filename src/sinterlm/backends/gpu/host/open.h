@@ -75,7 +75,7 @@ inline sl_status upload_file(Model& m, const char* path, int64_t bytes, char* to
 
 // Numbers that are finite in every type that kernels read, and as uneven as weights are: zeros
 // would flatter a device whose clock depends on how many bits change. Waits.
-inline sl_status fill_noise(Model& m, char* to, int64_t bytes) {
+inline sl_status fill_noise(Model& m, char* to, int64_t bytes, bool is_positive = false) {
   constexpr int64_t kPiece = int64_t{16} << 20;
   Memory piece;
   SL_TRY(piece.allocate_host(m.driver, std::min(bytes, kPiece) + 8));
@@ -85,7 +85,8 @@ inline sl_status fill_noise(Model& m, char* to, int64_t bytes) {
     state ^= state >> 7;
     state ^= state << 17;
     // Of each 16 bits the sign, the lowest bit of the exponent and the mantissa of a bf16.
-    const uint64_t word = (state & 0x80FF80FF80FF80FF) | 0x3C003C003C003C00;
+    const uint64_t kept = is_positive ? 0x00FF00FF00FF00FF : 0x80FF80FF80FF80FF;
+    const uint64_t word = (state & kept) | 0x3C003C003C003C00;
     std::memcpy(piece.data() + at, &word, 8);
   }
   for (int64_t at = 0; at < bytes; at += kPiece)

@@ -89,7 +89,9 @@ inline sl_status stage_noise(Model& m, const Sizes& sizes) {
   for (size_t i = 0; i < m.table.buffers.size(); ++i) {
     const Buffer& b = m.table.buffers[i];
     if (b.name == "counters" || b.name == "attention_counters") continue;
-    SL_TRY(fill_noise(m, static_cast<char*>(m.buffers[i]), b.bytes * m.max_units(b.unit)));
+    const bool is_positive = b.name == "ssq";  // sums of squares, of which a root is taken
+    SL_TRY(fill_noise(m, static_cast<char*>(m.buffers[i]), b.bytes * m.max_units(b.unit),
+                      is_positive));
   }
   return m.driver.check(m.driver.stream_wait(m.stream), "copying inputs");
 }
