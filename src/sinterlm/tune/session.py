@@ -17,7 +17,7 @@ from sinterlm.artifact.storage import disk_errors
 from sinterlm.backends.gpu import library, objects
 from sinterlm.backends.gpu.backend import GpuBackend
 from sinterlm.backends.gpu.devices import DEVICES
-from sinterlm.backends.gpu.tuning import TileTable, parse_tiles, tuned_path
+from sinterlm.backends.gpu.tuning import TileTable, parse_tiles, read_tiles, tuned_path
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import CompileOptions
 from sinterlm.tune.choice import Chosen, choose, tuned_table
@@ -74,7 +74,9 @@ def tune(
         raise UsageError(f"--target {options.target} has no tiles; choose {', '.join(DEVICES)}")
     with compiler.read(job) as checkpoint:
         plan = compiler.plan_model(job, checkpoint)
-    device, tiles = backend.device, backend.tiles
+    device = backend.device
+    # Not from what an earlier run left: the search then takes the same way again, and goes on.
+    tiles = backend.tiles if options.tiles is not None else read_tiles(device.name)
     tasks = tasks_of(plan, device, tiles, wanted.ops, wanted.batch_sizes)
     output = wanted.output or tuned_path(job.cache.root, device.name)
     before = _read(output, device.name)

@@ -49,11 +49,11 @@ class Task:
     slot: str  #: as the launch table calls it
     max_rows: int
     rows: tuple[int, ...]  #: that it is timed at, ascending
-    start: Kernel  #: what compiling takes now
+    start: Kernel  #: what compiling takes untuned
     num_kernels: int  #: of the slot, over all numbers of rows
     device: Device
     plan: Plan  #: of this op alone
-    tiles: TileTable  #: shipped ones, for what the op has beside the GEMM
+    tiles: TileTable  #: for what the op has beside the GEMM
 
     @property
     def name(self) -> str:

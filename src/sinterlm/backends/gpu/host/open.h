@@ -4,6 +4,7 @@
 #include "abi_device.h"
 #include "launch.h"
 #include "sinterlm/open_check.h"
+#include "sinterlm/step_check.h"
 
 namespace slg {
 
