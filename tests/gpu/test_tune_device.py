@@ -20,6 +20,7 @@ from sinterlm.errors import RuntimeFault
 from sinterlm.runtime.device import TimedLibrary, Train
 from sinterlm.tune import session, tasks
 from sinterlm.tune.candidates import Cut
+from sinterlm.tune.journal import Result
 from sinterlm.tune.search import steps_of
 from sinterlm.tune.tasks import Task, nothing
 from sinterlm.tune.timer import TrialFailed
@@ -198,7 +199,12 @@ def test_from_a_checkpoint_to_tiles_that_compile(
     assert table["status"] == "tuned" and table["device"] == "fake device"
     for entry in table["entries"]:
         assert entry["source"].startswith(MEASURED + "fake device")
-        assert entry["options"]["num_warps"] == 4 and min(entry["us"].values()) > 0
+        assert min(entry["us"].values()) > 0 and min(entry["gb_per_s"].values()) > 0
+    lines = (cache / f"tiles/{target}.json.journal").read_text().splitlines()
+    results = [Result(**json.loads(line)) for line in lines]
+    for row in first["rows"]:
+        times = [r.total_us for r in results if (r.task, r.state) == (row["task"], "measured")]
+        assert sum(row["us"].values()) == min(times)
     assert main(["compile", *words, "--code-only", "--json"]) == 0
     tuned = json.loads(capsys.readouterr().out)
     assert tuned["bundle_sha256"] != untuned["bundle_sha256"]
