@@ -11,6 +11,7 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
+    tune        tiles of the two largest GEMMs of a layer at the real shape, as far as time allows
     vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
 DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
@@ -37,6 +38,7 @@ import numpy as np
 
 from sinterlm import LLM, SamplingParams, __version__
 from sinterlm.artifact.bundle import Bundle
+from sinterlm.artifact.progress import LogProgress
 from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
@@ -50,6 +52,7 @@ from sinterlm.ir.graph import Rope
 from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
+from sinterlm.tune.session import TuneOptions, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ROOT / "tests/assets/tiny-llama"
@@ -276,6 +279,20 @@ def check_speed(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def check_tune(args: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds of the largest GEMMs at few rows, as shipped and by the best tile so far. The
+    table and its journal go into the archive; `sinterlm tune --output` goes on from there."""
+    wanted = TuneOptions(
+        ops=("norm_gate_up_act", "down_residual"), batch_sizes=(1, 16),
+        time_limit_s=0.8 * args.limit, output=args.output / f"tiles-{args.target}.json",
+    )  # fmt: skip
+    options = CompileOptions(args.model, target=args.target, load_format="dummy")
+    outcome = tune(options, wanted, LogProgress())
+    rows = [{"GEMM": row["task"], "start us": row["start_us"], "best us": row["us"],
+             "tile": row["cut"]} for row in outcome.rows]  # fmt: skip
+    return {**outcome.counts, "is_complete": outcome.is_complete, "found": rows}
+
+
 def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
     """Stock vLLM and SinterLM inside it: scripts/vllm_ab.py."""
     folder = args.output / args.model
@@ -288,7 +305,8 @@ def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 CHECKS = {"load": check_load, "op": check_op, "model": check_model,
-          "invariance": check_invariance, "speed": check_speed, "vllm": check_vllm}  # fmt: skip
+          "invariance": check_invariance, "speed": check_speed, "tune": check_tune,
+          "vllm": check_vllm}  # fmt: skip
 
 
 def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
@@ -315,7 +333,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
         launches = [*range(6), head, head + 1, head + 2][: args.stop_after_op or None]
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
-    yield from (("model", 600), ("invariance", 600), ("speed", 1800))
+    yield from (("model", 600), ("invariance", 600), ("speed", 1800), ("tune", 900))
     if importlib.util.find_spec("vllm") is not None:
         yield "vllm", 3600
 
@@ -325,7 +343,7 @@ def run(args: argparse.Namespace, check: str, limit: float) -> Result:
     log = args.output / f"{check.replace('/', '_').replace(':', '-')}.log"
     began = time.monotonic()
     command = [sys.executable, __file__, "--target", args.target, "--model", args.model,
-               "--output", args.output, "--check", check]  # fmt: skip
+               "--output", args.output, "--check", check, "--limit", str(limit)]  # fmt: skip
     with log.open("w") as out:
         try:
             code = subprocess.run(
@@ -366,6 +384,7 @@ def main() -> int:
     parser.add_argument("--stop-after-op", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--check", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output = (args.output or Path(f"verify-{args.target}")).resolve()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,8 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
 def recall(job: Job) -> Bundle | None:
     """The bundle that the same request gave before, if nothing it was made of has changed."""
     compiler = None if job.cache.is_read_only else job.toolchain.compiler
-    return warm.recall(job.options, job.isa, compiler, job.cache, job.progress)
+    inputs = job.backend.inputs_sha256
+    return warm.recall(job.options, job.isa, inputs, compiler, job.cache, job.progress)
 
 
 def remember(job: Job, checkpoint: Checkpoint, bundle: Bundle, seen: warm.Stamps) -> None:
@@ -156,8 +157,8 @@ def remember(job: Job, checkpoint: Checkpoint, bundle: Bundle, seen: warm.Stamps
             return
         seen = warm.stamps(path)
     if warm.stamps(path) == seen:
-        compiler = job.toolchain.compiler
-        warm.remember(job.options, job.isa, compiler, job.cache, path, seen, bundle)
+        compiler, inputs = job.toolchain.compiler, job.backend.inputs_sha256
+        warm.remember(job.options, job.isa, inputs, compiler, job.cache, path, seen, bundle)
 
 
 def read(job: Job) -> Checkpoint:

@@ -48,6 +48,8 @@ class CompileOptions:
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has
+    #: Tile table of a GPU; None = the one that ``sinterlm tune`` left in the cache, or the shipped.
+    tiles: Path | None = None
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights
     seed: int = 0  #: seed of the dummy weights
     max_model_len: int | None = None  #: tokens; None = the checkpoint's own maximum
@@ -78,6 +80,9 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None  #: None = from what the cgroup leaves free
     #: Instead of bytes: a share of the memory that weights and working buffers leave; None = 0.9.
     kv_cache_memory_fraction: float | None = None
+    #: On a GPU, instead of bytes: the share of its memory that weights, working buffers and the KV
+    #: cache have together; None = 0.9.
+    gpu_memory_utilization: float | None = None
     block_size: int = 64  #: tokens per KV page, a multiple of 16
     num_threads: int | None = None  #: None = the CPUs this process may use
     #: Pin worker i to cpu_ids[i]; None = pinned when there is one worker for every CPU.

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sinterlm.artifact.manifest import ModelShape, kv_token_bytes
-from sinterlm.engine.memory import check_options, plan_kv
+from sinterlm.engine.memory import check_options, check_target, plan_kv
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.device_probe import DeviceMemory
 
 GB = 10**9
 #: 2 * 32 layers * 8 heads * 128 * 2 bytes = 131072 bytes per token.
@@ -31,14 +32,53 @@ def manifest(max_model_len: int = 32768, weights: int = 16 * GB, kv: str = "bf16
     )
 
 
-def test_memory_of_a_device_is_asked_for() -> None:
-    """This machine's memory says nothing of it."""
-    given = manifest()
+def on_gpu(weights: int = 16 * GB) -> Any:
+    given = manifest(weights=weights)
     given.target = "gfx942"
-    with pytest.raises(UsageError, match=r"--target gfx942 .* --kv-cache-memory-bytes"):
-        plan_kv(given, EngineOptions(), 40 * GB)
-    plan = plan_kv(given, EngineOptions(kv_cache_memory_bytes=100 * GB), GB)
+    return given
+
+
+def test_of_a_device(caplog: pytest.LogCaptureFixture) -> None:
+    """A share of all its memory, less weights and working buffers; this machine's counts not."""
+    plan = plan_kv(on_gpu(), EngineOptions(kv_cache_memory_bytes=100 * GB), GB)
     assert 99 * GB < plan.kv_bytes <= 100 * GB
+    device = DeviceMemory(free=79 * GB, total=80 * GB, workspace=2 * GB)
+    page = 64 * PER_TOKEN
+    for share, want in ((None, 72 - 18), (0.5, 40 - 18)):
+        options = EngineOptions(gpu_memory_utilization=share)
+        assert plan_kv(on_gpu(), options, GB, device).num_pages == want * GB // page
+    assert (
+        "up to 22.00 GB of the device's 80.00 GB for the KV cache, beside 16.00 GB of weights"
+        in (caplog.text)
+    )
+
+
+def test_a_device_that_has_not_the_memory() -> None:
+    device = DeviceMemory(free=60 * GB, total=80 * GB, workspace=2 * GB)
+    with pytest.raises(ResourceError, match=r"0.9 is 72.00 GB .* 60.00 GB are free; .* most 0.75"):
+        plan_kv(on_gpu(), EngineOptions(), GB, device)
+    some = EngineOptions(gpu_memory_utilization=0.75)
+    assert plan_kv(on_gpu(), some, GB, device).kv_bytes > 41 * GB
+    with pytest.raises(ResourceError, match=r"58.00 GB of weights .* leave nothing of 60.00 GB"):
+        plan_kv(on_gpu(58 * GB), some, GB, device)
+    with pytest.raises(ResourceError, match="raise gpu_memory_utilization"):
+        long = EngineOptions(gpu_memory_utilization=0.75, max_model_len=32768)
+        plan_kv(on_gpu(57 * GB), long, GB, device)
+
+
+def test_shares_are_of_one_kind_of_memory() -> None:
+    gpu, cpu = EngineOptions(gpu_memory_utilization=0.5), EngineOptions(kv_cache_memory_fraction=1)
+    check_target(gpu, "gfx942")
+    check_target(cpu, "cpu")
+    with pytest.raises(UsageError, match="give kv_cache_memory_fraction"):
+        check_target(gpu, "cpu")
+    with pytest.raises(UsageError, match="give gpu_memory_utilization"):
+        check_target(cpu, "gfx942")
+    for wrong in (0, 1.5, True, "1"):
+        with pytest.raises(UsageError, match=r"gpu_memory_utilization=.* above 0"):
+            check_options(EngineOptions(gpu_memory_utilization=wrong))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="exclude each other"):
+        check_options(EngineOptions(gpu_memory_utilization=0.5, kv_cache_memory_bytes=1))
 
 
 def test_capped_at_what_can_be_used() -> None:

@@ -13,9 +13,9 @@ from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.library import compile_host, join
 from sinterlm.backends.gpu.objects import archive, compile_objects
 from sinterlm.passes.formats import Scheme
-from tests.gpu.host import Machine, for_few_rows
+from tests.gpu.host import Machine, build_driver, for_few_rows
 from tests.gpu.models import tiny
-from tests.gpu.recording import RecordingDriver, build_driver
+from tests.gpu.recording import RecordingDriver
 
 
 @pytest.fixture(scope="session")

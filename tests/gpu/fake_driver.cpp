@@ -12,6 +12,9 @@
 #define VENDOR(hip, cuda) hip
 #else
 #include <cuda.h>
+// Newer headers rename this one; drivers have both, with one prototype.
+#undef cuEventElapsedTime
+extern "C" decltype(cuEventElapsedTime_v2) cuEventElapsedTime;
 #define VENDOR(hip, cuda) cuda
 #endif
 
@@ -84,6 +87,7 @@ using Module = hipModule_t;
 using Function = hipFunction_t;
 using Graph = hipGraph_t;
 using Exec = hipGraphExec_t;
+using Event = hipEvent_t;
 using Mode = hipStreamCaptureMode;
 using Status = hipStreamCaptureStatus;
 using Code = hipError_t;
@@ -97,6 +101,7 @@ using Module = CUmodule;
 using Function = CUfunction;
 using Graph = CUgraph;
 using Exec = CUgraphExec;
+using Event = CUevent;
 using Mode = CUstreamCaptureMode;
 using Status = CUstreamCaptureStatus;
 using Code = CUresult;
@@ -110,6 +115,7 @@ extern "C" {
 DEFINE(hipInit, cuInit, (unsigned flags), "init", flags)
 DEFINE(hipGetDeviceCount, cuDeviceGetCount, (int* n), "device_count", n)
 DEFINE(hipDeviceGetName, cuDeviceGetName, (char* to, int n, int d), "device_name", to, n, d)
+DEFINE(hipDriverGetVersion, cuDriverGetVersion, (int* to), "driver_version", to)
 DEFINE(hipMemGetInfo, cuMemGetInfo_v2, (size_t* free, size_t* all), "memory", free, all)
 DEFINE(hipMalloc, cuMemAlloc_v2, (Allocated to, size_t n), "allocate", to, n)
 DEFINE(hipFree, cuMemFree_v2, (Freed p), "release", p)
@@ -132,6 +138,11 @@ DEFINE(hipGraphInstantiateWithFlags, cuGraphInstantiateWithFlags,
 DEFINE(hipGraphLaunch, cuGraphLaunch, (Exec g, Stream s), "graph_launch", g, s)
 DEFINE(hipGraphExecDestroy, cuGraphExecDestroy, (Exec g), "graph_release", g)
 DEFINE(hipGraphDestroy, cuGraphDestroy, (Graph g), "captured_release", g)
+DEFINE(hipEventCreateWithFlags, cuEventCreate, (Event * to, unsigned f), "event_create", to, f)
+DEFINE(hipEventRecord, cuEventRecord, (Event e, Stream s), "event_record", e, s)
+DEFINE(hipEventElapsedTime, cuEventElapsedTime, (float* to, Event a, Event b), "event_elapsed", to,
+       a, b)
+DEFINE(hipEventDestroy, cuEventDestroy_v2, (Event e), "event_release", e)
 DEFINE(hipModuleLoadData, cuModuleLoadData, (Module * to, const void* image), "module_load", to,
        image)
 DEFINE(hipModuleUnload, cuModuleUnload, (Module m), "module_unload", m)

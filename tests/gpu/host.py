@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,25 @@ from sinterlm.backends.gpu.table import Table
 from sinterlm.compile import model_constants, model_shape
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
+from tests.conftest import ROOT
 from tests.gpu.models import TinyGpu
 from tests.gpu.recording import RecordingDriver
 
 PAGES = {0: [3, 9, 5], 1: [0, 7, 2], 2: [12, 1, 14]}
 PROMPTS = {0: [5, 17, 99, 3, 120, 8, 64], 1: [1], 2: [130, 22, 22]}
+
+
+def build_driver(folder: Path, vendor: str) -> Path:
+    """The fake driver of ``hip`` or ``cuda``, against the headers that Triton's wheel brings."""
+    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
+    out = folder / ("libamdhip64.so" if vendor == "hip" else "libcuda.so.1")
+    includes = [backends / "amd/include", backends / "nvidia/include",
+                *(ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
+                                                      "artifact"))]  # fmt: skip
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-DFAKE_{vendor.upper()}"]
+    command += [f"-I{path}" for path in includes]
+    subprocess.run([*command, ROOT / "tests/gpu/fake_driver.cpp", "-o", out], check=True)
+    return out
 
 
 def for_few_rows(table: Table) -> Table:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import subprocess
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,19 +31,6 @@ CALL = ctypes.CFUNCTYPE(
 SIZES = {"i32": 4, "i64": 8}
 OUT_OF_MEMORY, NO_BINARY, NOT_ALLOWED_IN_CAPTURE, ILLEGAL_ADDRESS = 2, 209, 900, 700
 MAX_THREADS = 1024
-
-
-def build_driver(folder: Path, vendor: str) -> Path:
-    """The fake driver of ``hip`` or ``cuda``, against the headers that Triton's wheel brings."""
-    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
-    out = folder / ("libamdhip64.so" if vendor == "hip" else "libcuda.so.1")
-    includes = [backends / "amd/include", backends / "nvidia/include",
-                *(ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
-                                                      "artifact"))]  # fmt: skip
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-DFAKE_{vendor.upper()}"]
-    command += [f"-I{path}" for path in includes]
-    subprocess.run([*command, ROOT / "tests/gpu/fake_driver.cpp", "-o", out], check=True)
-    return out
 
 
 @dataclass
@@ -88,6 +73,10 @@ class RecordingDriver:
     bound: dict[str, int] = field(default_factory=dict)  #: where what the table names has been
     position: int = 0  #: in the table's launches
     lost: bool = False
+    moves_weights: bool = False  #: whether launches may read copies of them
+    #: Microseconds of a launch, as events tell; None = each takes one.
+    takes: Callable[[Launched], float] | None = None
+    clock: float = 0.0  #: microseconds
     poison: int = 0xFF  #: what memory holds before its first use; NaN by default
 
     def attach(self, path: Path) -> None:
@@ -126,6 +115,9 @@ class RecordingDriver:
 
     def on_device_name(self, to: int, size: int, device: int) -> None:
         ctypes.memmove(to, self.name.encode() + b"\0", len(self.name) + 1)
+
+    def on_driver_version(self, to: int) -> None:
+        ctypes.c_int.from_address(to).value = 12040
 
     def on_context(self, to: int, device: int) -> None:
         ctypes.c_uint64.from_address(to).value = self._handle("context")
@@ -249,6 +241,23 @@ class RecordingDriver:
 
     on_captured_release = on_graph_release
 
+    def on_event_create(self, to: int, flags: int) -> None:
+        ctypes.c_uint64.from_address(to).value = self._handle({"at": None})
+
+    def on_event_record(self, event: int, stream: int) -> None:
+        self._on_stream(stream)
+        self._not_in_capture()
+        self.handles[event]["at"] = self.clock
+
+    def on_event_elapsed(self, to: int, begin: int, end: int) -> None:
+        times = [self.handles[event]["at"] for event in (begin, end)]
+        if None in times:
+            raise Fault(400, "an event that was not recorded")
+        ctypes.c_float.from_address(to).value = (times[1] - times[0]) / 1000
+
+    def on_event_release(self, event: int) -> None:
+        del self.handles[event]
+
     # -- kernels -----------------------------------------------------------------------------------
 
     def on_module_load(self, to: int, image: int) -> None:
@@ -345,6 +354,8 @@ class RecordingDriver:
                     if c.slot == launch.slot}  # fmt: skip
             if name in fits:
                 break
+        if self.moves_weights:
+            self.bound.pop("weights", None)
         for arg, value in zip(launch.args, launched.args, strict=False):
             where, _, what = arg.partition(":")
             if where == "weight":
@@ -362,6 +373,7 @@ class RecordingDriver:
     def _run(self, launched: Launched) -> None:
         self._check(launched)
         self.trace.append(launched)
+        self.clock += 1.0 if self.takes is None else self.takes(launched)
         (self.run or self.interpret)(launched)
 
     def interpret(self, launched: Launched) -> None:

@@ -21,9 +21,10 @@ from sinterlm.errors import BundleError, ResourceError, RuntimeFault
 from sinterlm.ir.bf16 import from_bf16
 from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling
+from sinterlm.runtime.device_probe import device_memory
 from tests.conftest import ROOT
-from tests.gpu.host import PAGES, PROMPTS, Machine, batch, steps_of
-from tests.gpu.recording import Launched, RecordingDriver, build_driver
+from tests.gpu.host import PAGES, PROMPTS, Machine, batch, build_driver, steps_of
+from tests.gpu.recording import Launched, RecordingDriver
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -134,6 +135,25 @@ def test_several_steps_in_one_call(machine: Machine) -> None:
     assert machine.driver.faults == []
 
 
+def test_memory_is_told_before_anything_is_taken(machine: Machine) -> None:
+    sizes = {"max_tokens": 16, "max_seqs": 8, "max_sample_rows": 8, "max_model_len": 64}
+    told = device_memory(machine.library, **sizes)
+    assert machine.driver.memory == {} and told.free == told.total == machine.driver.capacity
+    with machine.open(num_slots=0) as model:
+        assert model.describe()["workspace_bytes"] == told.workspace
+        later = device_memory(machine.library, **sizes)
+        assert later.free == told.total - sum(a.nbytes for a in machine.driver.memory.values())
+    with pytest.raises(RuntimeFault, match="max_seqs is 17"):
+        device_memory(machine.library, **{**sizes, "max_seqs": 17})
+    machine.driver.fails["memory"] = 999
+    with pytest.raises(RuntimeFault, match="asking for the memory of the device"):
+        device_memory(machine.library, **sizes)
+    machine.driver.fails.clear()
+    machine.driver.fails["device_count"] = 100
+    with pytest.raises(ResourceError, match="finds no device"):
+        device_memory(machine.library, **sizes)
+
+
 # -- faults that the driver must see ---------------------------------------------------------------
 
 
@@ -222,9 +242,9 @@ def test_a_trained_model_answers_as_on_a_cpu(
     """``LLM`` on a GPU target: two requests in one batch, greedy; the CPU's tokens."""
     prompts = ["The old man looked at", "In the"]
     options = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16,
-               "kv_cache_memory_bytes": 4 << 20, "cache_dir": test_environment}  # fmt: skip
+               "cache_dir": test_environment}  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    with LLM(str(TRAINED), num_threads=1, **options) as llm:
+    with LLM(str(TRAINED), num_threads=1, kv_cache_memory_bytes=4 << 20, **options) as llm:
         want = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, greedy)]
     bundle = compile_model(CompileOptions(str(TRAINED), target=target, max_model_len=64,
                                           cache_dir=test_environment))  # fmt: skip
@@ -236,5 +256,6 @@ def test_a_trained_model_answers_as_on_a_cpu(
     with LLM(str(TRAINED), target=target, num_threads=1, **options) as llm:
         found = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, greedy)]
         assert llm.model.describe()["graph_launches"] > 0
+        assert llm.plan.num_pages == 4, "by itself: a full context of each sequence"
     assert found == want
     assert driver.faults == []

@@ -7,15 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sinterlm.backends.gpu import objects
+from sinterlm.tune import session
 from tests.conftest import ROOT
 from tests.gpu.host import Machine
 from tests.gpu.recording import Launched
+from tests.gpu.tuned import ScriptedTimer, no_code
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("triton")]
 
@@ -58,6 +61,22 @@ def test_a_wrong_kernel_is_seen(machine: Machine, verify: ModuleType, launch: in
     with pytest.raises(AssertionError, match="is off by"):
         device.run_one(launch, "prefill")
     device.model.close()
+
+
+def test_tiles_are_tuned_within_the_limit(
+    verify: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    scripted = ScriptedTimer(lambda kernel, tokens: 100.0 / kernel.options["num_warps"])
+    monkeypatch.setattr(session.tune, "__defaults__", (lambda *_: scripted,))
+    monkeypatch.setattr(objects, "compile_each", lambda kernels, *_: no_code(kernels))
+    args = SimpleNamespace(target="gfx942", model="qwq-32b", output=tmp_path, limit=60)
+    facts = verify.check_tune(args)
+    assert [row["GEMM"] for row in facts["found"]] == ["norm_gate_up_act <= 16",
+                                                       "down_residual <= 16"]  # fmt: skip
+    for row in facts["found"]:
+        assert row["best us"]["16"] == 12.5 < row["start us"]["16"] == 25
+    assert {path.name for path in tmp_path.iterdir()} == {"tiles-gfx942.json",
+                                                          "tiles-gfx942.json.journal"}  # fmt: skip
 
 
 def test_errors_have_bounds(verify: ModuleType) -> None:

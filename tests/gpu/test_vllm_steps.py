@@ -20,7 +20,8 @@ from sinterlm.compile import compile_model
 from sinterlm.options import CompileOptions
 from sinterlm.plugin.gpu import GpuModel, paged_tensors
 from tests.conftest import ROOT
-from tests.gpu.recording import RecordingDriver, build_driver
+from tests.gpu.host import build_driver
+from tests.gpu.recording import RecordingDriver
 from tests.gpu.vllm_steps import (
     BLOCK,
     BLOCKS,

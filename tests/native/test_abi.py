@@ -17,7 +17,7 @@ import pytest
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
-from sinterlm.runtime import device
+from sinterlm.runtime import device, device_probe
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.library import Library
@@ -27,7 +27,7 @@ from tests.native.tiny import MAX_LEN, Tiny, bundle_of, prefill, step_batch, wri
 
 HEADER = (INCLUDE_DIRS[1] / "abi.h").read_text()
 #: Header -> the structs of its ctypes face.
-FACES = {"abi.h": abi.STRUCTS, "abi_device.h": device.STRUCTS}
+FACES = {"abi.h": abi.STRUCTS, "abi_device.h": device.STRUCTS | device_probe.STRUCTS}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sinterlm import LLM, SamplingParams
 from sinterlm.compile import compile_model
 from sinterlm.options import CompileOptions
 from tests.conftest import ROOT
-from tests.gpu.recording import build_driver
+from tests.gpu.host import build_driver
 from tests.plugin.conftest import vllm_environment
 
 TRAINED = ROOT / "tests/assets/tiny-llama"

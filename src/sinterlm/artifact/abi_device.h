@@ -13,6 +13,7 @@ extern "C" {
  * is a device pointer, aligned to 256 bytes. */
 #define SL_OPEN_EAGER 2u  /* launch every kernel of every step: no graphs */
 #define SL_OPEN_BORROW 4u /* stream and workspace are the caller's */
+#define SL_OPEN_NOISE 8u  /* weights are small finite noise, and weights_path is not read */
 
 typedef struct sl_bind_args {
   uint32_t size;
@@ -67,6 +68,21 @@ SL_API sl_status sl_bind(sl_model* model, const sl_bind_args* args);
 SL_API sl_status sl_enqueue(sl_model* model, const sl_enqueue_args* args);
 SL_API sl_status sl_enqueue_head(sl_model* model, const sl_enqueue_head_args* args);
 
+/* Without a model: the memory of the device that sl_open would take. */
+typedef struct sl_memory_args {
+  uint32_t size;
+  int32_t max_tokens; /* these as sl_open takes them */
+  int32_t max_seqs;
+  int32_t max_sample_rows;
+  int32_t max_model_len;
+  int32_t num_slots;
+  uint64_t* out_free;      /* bytes that nobody has */
+  uint64_t* out_total;     /* bytes of the device */
+  uint64_t* out_workspace; /* bytes that such a model takes beside weights and pages */
+} sl_memory_args;
+
+SL_API sl_status sl_memory(const sl_memory_args* args);
+
 /* For whoever verifies kernels on a device: steps run the launches [first, last) of the table
  * alone, eagerly, and draw nothing (every token is -1); 0, 0 = steps are whole again. */
 SL_API sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last);
@@ -74,6 +90,25 @@ SL_API sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last);
  * is the layer's pages. The call waits. */
 SL_API sl_status sl_peek(sl_model* model, const char* name, void* data, int64_t bytes);
 SL_API sl_status sl_poke(sl_model* model, const char* name, const void* data, int64_t bytes);
+
+/* For whoever tunes kernels: one launch of the table, timed by the device's own clock. */
+typedef struct sl_time_args {
+  uint32_t size;
+  int32_t launch;          /* of the table; not one that reads the page table */
+  int32_t num_tokens;      /* of the step */
+  int32_t num_sample_rows; /* of the step */
+  const sl_kv* kv;         /* pages for num_tokens tokens; they are written to */
+  int64_t copy_bytes; /* a multiple of 256: launch i reads its weights at (i % copies) * this */
+  int32_t copies;     /* behind where the table has them, so that no cache holds them; >= 1 */
+  int32_t launches;   /* of a sample: so many, one behind the other, in one graph */
+  int32_t samples;
+  float warmup_us; /* samples are run, and not told, for so long: clocks rise; once at least */
+  float* out_us;   /* [samples] microseconds of a launch, the sample's time over its launches */
+} sl_time_args;
+
+/* Fills every buffer with noise, runs the launch for a step of such sizes, and times it. What the
+ * buffers held is lost. */
+SL_API sl_status sl_time(sl_model* model, const sl_time_args* args);
 
 #ifdef __cplusplus
 }

@@ -21,6 +21,7 @@ VARIABLES: dict[str, str] = {
     "SINTERLM_CACHE_DIR": "folder of compiled code and packed weights (default ~/.cache/sinterlm)",
     "SINTERLM_CXX": "C++ compiler to use, with arguments if any (default: the first one found)",
     "SINTERLM_DEBUG": "1 = the command line shows the traceback of an error",
+    "SINTERLM_GPU_DRIVER": "driver library of a GPU (default: libamdhip64.so or libcuda.so.1)",
     "SINTERLM_ISA": "ISA level to build for (default: the widest this machine has)",
     "SINTERLM_NUM_THREADS": "threads of the model (default: the CPUs this process may use)",
     "SINTERLM_QUANTIZATION": "inside vLLM: int8 or int4, codes that weights are stored in",

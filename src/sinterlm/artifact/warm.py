@@ -46,15 +46,21 @@ def stamps(path: Path | None) -> Stamps:
 
 
 def recall(
-    options: CompileOptions, isa: str, compiler: str | None, cache: Cache, progress: Progress
+    options: CompileOptions,
+    isa: str,
+    inputs: str,
+    compiler: str | None,
+    cache: Cache,
+    progress: Progress,
 ) -> Bundle | None:
     """The bundle this request gave before, or None where that has to be found out again.
 
-    ``compiler`` None (none is installed) accepts the library of any.
+    ``inputs`` is the backend's ``inputs_sha256``. ``compiler`` None (none is installed) accepts the
+    library of any.
     """
     if options.dump_dir is not None:
         return None
-    fact = cache.memo.recall(_TOPIC, _request_key(options, isa))
+    fact = cache.memo.recall(_TOPIC, _request_key(options, isa, inputs))
     if fact is None or not isinstance(fact.get("bundle"), str):
         return None
     path = fact.get("path")
@@ -75,6 +81,7 @@ def recall(
 def remember(
     options: CompileOptions,
     isa: str,
+    inputs: str,
     compiler: str | None,
     cache: Cache,
     path: Path | None,
@@ -88,15 +95,16 @@ def remember(
         "path": None if path is None else str(path),
         "stamps": seen,
     }
-    cache.memo.remember(_TOPIC, _request_key(options, isa), fact)
+    cache.memo.remember(_TOPIC, _request_key(options, isa, inputs), fact)
 
 
-def _request_key(options: CompileOptions, isa: str) -> str:
+def _request_key(options: CompileOptions, isa: str, inputs: str) -> str:
     """Key of everything asked for; where things lie and who asks do not count."""
-    plain = replace(options, cache_dir=None, dump_dir=None, bundle_sha256=None, isa=None)
+    plain = replace(options, cache_dir=None, dump_dir=None, bundle_sha256=None, isa=None,
+                    tiles=None)  # fmt: skip
     path = os.path.expanduser(options.model)
     model = os.path.realpath(path) if os.path.exists(path) else None
-    return digest_json([asdict(plain), model, isa, __version__, package_stamp()])
+    return digest_json([asdict(plain), model, isa, inputs, __version__, package_stamp()])
 
 
 def package_stamp() -> str:

@@ -48,6 +48,11 @@ class Backend(Protocol):
         """The operands beside coded weights, where the target has one kind alone."""
         ...
 
+    @property
+    def inputs_sha256(self) -> str:
+        """Hex SHA-256 of what ``emit`` reads beside the plan and our own files; "" = nothing."""
+        ...
+
     def resolve_isa(self, isa: str | None) -> str:
         """The level to build for; None = the best this machine has. Raises UsageError."""
         ...

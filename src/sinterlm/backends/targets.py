@@ -11,6 +11,8 @@ def find_backend(options: CompileOptions) -> Backend:
     """The target that the options name. Raises UsageError for one that there is not, and for
     options that it does not have."""
     if options.target == "cpu":
+        if options.tiles is not None:
+            raise UsageError(f"--tiles {options.tiles} is for a GPU; give its --target too")
         from sinterlm.backends.cpu.backend import CpuBackend
 
         return CpuBackend()
@@ -20,7 +22,9 @@ def find_backend(options: CompileOptions) -> Backend:
         raise UsageError(
             f"--target {options.target!r} is not supported; supported: cpu, {', '.join(DEVICES)}"
         )
+    from sinterlm.artifact.cache import locate_cache
     from sinterlm.backends.gpu.backend import GpuBackend
+    from sinterlm.backends.gpu.tuning import find_tiles
 
     asked = {
         "--dtype fp32": options.dtype == "fp32",
@@ -34,4 +38,5 @@ def find_backend(options: CompileOptions) -> Backend:
             f"tensor_parallel_size={options.tensor_parallel_size} is not supported with --target "
             f"{options.target}: give 1, or --target cpu"
         )
-    return GpuBackend(DEVICES[options.target])
+    tiles = find_tiles(options.target, options.tiles, locate_cache(options.cache_dir))
+    return GpuBackend(DEVICES[options.target], tiles)

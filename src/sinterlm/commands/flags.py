@@ -33,6 +33,8 @@ HELP: dict[str, str] = {
     "about half of bf16's memory (auto = as dtype)",
     "target": "what to compile for",
     "isa": "instruction-set level (default: the widest this machine has)",
+    "tiles": "tile table of a GPU target, as `sinterlm tune` writes it (default: what it left in "
+    "the cache, or the shipped one)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",
     "seed": "base of every random draw that has no seed of its own, and of dummy weights",
     "max_model_len": "longest context, tokens (default: the model's own)",
@@ -54,6 +56,8 @@ HELP: dict[str, str] = {
     "kv_cache_memory_bytes": "memory for the KV cache, bytes or 512M, 4G (default: what is free)",
     "kv_cache_memory_fraction": "the same as a share of the memory that weights leave, 0 to 1 "
     "(default: 0.9)",
+    "gpu_memory_utilization": "share of a GPU's memory for weights, working buffers and KV cache "
+    "together, 0 to 1 (default: 0.9)",
     "block_size": "tokens per KV page, a multiple of 16",
     "num_threads": "worker threads (default: the CPUs this process may use)",
     "cpu_ids": "pin worker i to the i-th of these CPUs, e.g. 0-3,8",
@@ -153,6 +157,7 @@ _PARSERS: dict[str, Any] = {
     "cpu_ids": parse_cpu_ids,
     "cache_dir": parse_folder,
     "dump_dir": parse_folder,
+    "tiles": parse_file,
     "ssl_certfile": parse_file,
     "ssl_keyfile": parse_file,
     "ssl_ca_certs": parse_file,
@@ -164,6 +169,7 @@ _METAVARS: dict[str, str] = {
     "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
     "max_mixed_prefill_tokens": "TOKENS", "kv_cache_memory_fraction": "SHARE",
+    "gpu_memory_utilization": "SHARE",
     "cache_dir": "DIR", "dump_dir": "DIR", "bundle_sha256": "HEX", "host": "ADDRESS",
     "root_path": "PATH", "api_key": "KEY", "allowed_origins": "ORIGIN", "max_body_bytes": "BYTES",
 }  # fmt: skip

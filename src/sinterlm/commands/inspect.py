@@ -20,6 +20,7 @@ from sinterlm.options import CompileOptions
 if TYPE_CHECKING:
     from sinterlm.artifact.bundle import Bundle
     from sinterlm.artifact.manifest import OpCost
+    from sinterlm.backends.gpu.tuning import TileTable
     from sinterlm.ir.plan import Plan
 
 
@@ -50,6 +51,7 @@ class Subject:
     activation_bytes_per_row: int
     plan: Plan | None
     bundle: Bundle | None
+    tiles: TileTable | None = None  #: of a checkpoint for a GPU
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -150,6 +152,7 @@ def look(options: CompileOptions) -> Subject:
         check_compiled_as(bundle.manifest, _any_target(options, bundle))
         return _of_bundle(bundle)
     from sinterlm import compile as compiler
+    from sinterlm.backends.gpu.backend import GpuBackend
     from sinterlm.commands.ui import TerminalProgress
     from sinterlm.ir.cost import plan_costs
     from sinterlm.passes.formats import main_format
@@ -175,6 +178,7 @@ def look(options: CompileOptions) -> Subject:
                 activation_bytes_per_row=plan.memory.bytes_per_row,
                 plan=plan,
                 bundle=None,
+                tiles=job.backend.tiles if isinstance(job.backend, GpuBackend) else None,
             )
 
 

@@ -21,7 +21,7 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
     from sinterlm.backends.gpu.launch import launch_table
     from sinterlm.backends.gpu.library import archive_of
     from sinterlm.backends.gpu.objects import read_archive
-    from sinterlm.backends.gpu.tuning import read_tiles
+    from sinterlm.backends.gpu.tuning import MEASURED, read_tiles
 
     found: dict[int, dict[str, Any]] = {}
     if subject.bundle is not None:
@@ -33,11 +33,14 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
         found = {o.kernel.id: {n: o.facts.get(n) for n in _SHOWN} for o in objects}
     else:
         assert subject.plan is not None
-        table = launch_table(subject.plan, DEVICES[subject.target])
+        table = launch_table(subject.plan, DEVICES[subject.target], subject.tiles)
+    tuned = sum(kernel.source.startswith(MEASURED) for kernel in table.kernels)
     return {
         "device": table.device,
         "machines": DEVICES[table.device].machines,
-        "tiles": read_tiles(table.device).status,
+        "tiles": f"tuned for {tuned} of {len(table.kernels)} kernels"
+        if tuned
+        else read_tiles(table.device).status,
         "per_step": table.per_step,
         "per_layer": sum(launch.layer == 0 for launch in table.launches),
         "kernels": [_kernel(table, i, found.get(i)) for i in range(len(table.kernels))],

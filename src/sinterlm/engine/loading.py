@@ -13,13 +13,14 @@ from sinterlm.artifact.bundle import Bundle
 from sinterlm.artifact.env import env_int
 from sinterlm.engine.admission import Limits
 from sinterlm.engine.engine import Engine
-from sinterlm.engine.memory import KvPlan, plan_kv
+from sinterlm.engine.memory import KvPlan, check_target, plan_kv, sample_rows
 from sinterlm.engine.sampling import SamplingParams, default_sampling_params
 from sinterlm.engine.schedule import StepLimits
 from sinterlm.engine.speculation import NgramProposer
 from sinterlm.engine.tokenizer import Tokenizer
 from sinterlm.errors import BundleError, UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.device_probe import DeviceMemory, device_memory
 from sinterlm.runtime.machine import Machine, read_machine
 from sinterlm.runtime.model import Model
 
@@ -45,7 +46,8 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
         raise BundleError(
             "this bundle holds code alone, no weights; compile the model without --code-only"
         )
-    plan = plan_kv(manifest, options, machine.memory_available)
+    check_target(options, manifest.target)
+    plan = plan_kv(manifest, options, machine.memory_available, _device(bundle, options))
     tokenizer = Tokenizer(bundle.text())
     defaults = default_sampling_params(tokenizer.assets.generation)
     threads, cpu_ids = _workers(options, machine)
@@ -81,6 +83,19 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
         seed=options.seed,
     )
     return Loaded(plan, tokenizer, defaults, model, engine)
+
+
+def _device(bundle: Bundle, options: EngineOptions) -> DeviceMemory | None:
+    """The device's memory, where the KV cache's size follows from it."""
+    if bundle.manifest.target == "cpu" or options.kv_cache_memory_bytes is not None:
+        return None
+    return device_memory(
+        bundle.library_path,
+        max_tokens=options.max_num_batched_tokens,
+        max_seqs=options.max_num_seqs,
+        max_sample_rows=sample_rows(options),
+        max_model_len=options.max_model_len or bundle.manifest.max_model_len,
+    )
 
 
 def _proposer(options: EngineOptions) -> NgramProposer | None:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from sinterlm.artifact.manifest import Manifest
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import EngineOptions
+from sinterlm.runtime.device_probe import DeviceMemory
 
 #: Interpreter, tokenizer and batch arrays.
 _RESERVE_BYTES = 128 << 20
 #: Share of what is left that the cache may take; the rest is for whatever else grows.
 _KV_SHARE = 0.9
+#: Share of a GPU's memory that all of an engine may take, as vLLM has it.
+_GPU_SHARE = 0.9
 #: An engine that chose its context itself does not start with less than this many tokens.
 _LEAST_CONTEXT = 256
 #: Rows whose logits one step can give beside the drawn ones: prompt logprobs, evaluation.
@@ -74,21 +77,39 @@ def check_options(options: EngineOptions) -> None:
         raise UsageError(
             f"enable_prefix_caching={options.enable_prefix_caching!r} must be True or False"
         )
-    _check_fraction(options)
+    _check_shares(options)
     _check_cpu_ids(options)
 
 
-def _check_fraction(options: EngineOptions) -> None:
-    share: object = options.kv_cache_memory_fraction
-    if share is None:
-        return
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise UsageError(f"kv_cache_memory_fraction={share!r} must be above 0, and 1 at most")
-    if options.kv_cache_memory_bytes is not None:
+def _check_shares(options: EngineOptions) -> None:
+    for name in ("kv_cache_memory_fraction", "gpu_memory_utilization"):
+        share: object = getattr(options, name)
+        if share is None:
+            continue
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise UsageError(f"{name}={share!r} must be above 0, and 1 at most")
+        if options.kv_cache_memory_bytes is not None:
+            raise UsageError(
+                f"{name}={share!r} and kv_cache_memory_bytes={options.kv_cache_memory_bytes} "
+                "exclude each other; give one"
+            )
+
+
+def check_target(options: EngineOptions, target: str) -> None:
+    """Raise UsageError for a share of memory that the target has not."""
+    name, other = "kv_cache_memory_fraction", "gpu_memory_utilization"
+    if target == "cpu":
+        name, other = other, name
+    if getattr(options, name) is not None:
         raise UsageError(
-            f"kv_cache_memory_fraction={share!r} and "
-            f"kv_cache_memory_bytes={options.kv_cache_memory_bytes} exclude each other; give one"
+            f"{name}={getattr(options, name)!r} is not for --target {target}; give {other}"
         )
+
+
+def sample_rows(options: EngineOptions) -> int:
+    """Most rows that a step gives logits of."""
+    drawn = options.max_num_seqs * (1 + options.num_speculative_tokens)
+    return min(drawn + _LOGITS_ROWS, options.max_num_batched_tokens)
 
 
 def _check_cpu_ids(options: EngineOptions) -> None:
@@ -104,29 +125,37 @@ def _check_cpu_ids(options: EngineOptions) -> None:
         )
 
 
-def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) -> KvPlan:
+def plan_kv(
+    manifest: Manifest,
+    options: EngineOptions,
+    available_bytes: int,
+    device: DeviceMemory | None = None,
+) -> KvPlan:
     """Pages for as much context as memory allows, never more than ``max_num_seqs`` full ones.
 
     A ``max_model_len`` that the user gave is met or refused; without one the longest context
-    that fits is taken, up to the bundle's, and said in a warning when it is shorter. Raises
-    UsageError and ResourceError.
+    that fits is taken, up to the bundle's, and said in a warning when it is shorter. ``device`` is
+    needed on a GPU unless the cache's bytes are given. Raises UsageError and ResourceError.
     """
     limit = manifest.max_model_len
     wanted = options.max_model_len or limit
     if wanted > limit:
         raise UsageError(f"max_model_len={wanted} exceeds the {limit} tokens of this model")
-    drawn = options.max_num_seqs * (1 + options.num_speculative_tokens)
-    rows = min(drawn + _LOGITS_ROWS, options.max_num_batched_tokens)
+    rows = sample_rows(options)
     page_tokens = options.block_size
     page_bytes = page_tokens * manifest.kv_bytes_per_token
-    budget = _kv_budget(manifest, options, available_bytes, rows)
+    if manifest.target == "cpu":
+        budget = _kv_budget(manifest, options, available_bytes, rows)
+    else:
+        budget = _device_budget(manifest, options, device)
     pages_of_one = -(-wanted // page_tokens)
     num_pages = min(budget // page_bytes, options.max_num_seqs * pages_of_one)
     if num_pages < pages_of_one:
         fits = num_pages * page_tokens
         if options.max_model_len is not None or fits < min(limit, _LEAST_CONTEXT):
             more = "give the process more memory"
-            for name in ("kv_cache_memory_bytes", "kv_cache_memory_fraction"):
+            for name in ("kv_cache_memory_bytes", "kv_cache_memory_fraction",
+                         "gpu_memory_utilization"):  # fmt: skip
                 if getattr(options, name) is not None:
                     more = f"raise {name}"
             raise ResourceError(
@@ -143,13 +172,6 @@ def plan_kv(manifest: Manifest, options: EngineOptions, available_bytes: int) ->
 
 def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows: int) -> int:
     asked = options.kv_cache_memory_bytes
-    if manifest.target != "cpu":  # the device's memory, which its driver tells when it is asked for
-        if asked is None:
-            raise UsageError(
-                f"with --target {manifest.target} the KV cache lies on the device: say how much of "
-                "its memory to take, with --kv-cache-memory-bytes"
-            )
-        return asked
     weights = 0 if manifest.weights is None else manifest.weights.nbytes
     activations = (
         manifest.activation_bytes_per_token * options.max_num_batched_tokens
@@ -168,6 +190,34 @@ def _kv_budget(manifest: Manifest, options: EngineOptions, available: int, rows:
     if asked is not None:
         return asked
     return int((available - fixed) * (options.kv_cache_memory_fraction or _KV_SHARE))
+
+
+def _device_budget(manifest: Manifest, options: EngineOptions, device: DeviceMemory | None) -> int:
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    assert device is not None, "whoever gives no bytes asks the driver"
+    share = options.gpu_memory_utilization or _GPU_SHARE
+    wanted = int(device.total * share)
+    if wanted > device.free:
+        raise ResourceError(
+            f"gpu_memory_utilization={share} is {_show(wanted)} of the device's "
+            f"{_show(device.total)}, and {_show(device.free)} are free; end what else runs there, "
+            f"or give at most {100 * device.free // device.total / 100:.2f}"
+        )
+    weights = 0 if manifest.weights is None else manifest.weights.nbytes
+    budget = wanted - weights - device.workspace
+    beside = f"{_show(weights)} of weights and {_show(device.workspace)} to work in"
+    if budget <= 0:
+        raise ResourceError(
+            f"{beside} leave nothing of {_show(wanted)} for the KV cache "
+            f"(gpu_memory_utilization={share} of {_show(device.total)}); raise it, lower "
+            "max_num_batched_tokens or max_num_seqs, or choose a smaller model"
+        )
+    logging.getLogger("sinterlm").warning(
+        "up to %s of the device's %s for the KV cache, beside %s (gpu_memory_utilization=%s)",
+        _show(budget), _show(device.total), beside, share,
+    )  # fmt: skip
+    return budget
 
 
 def _show(nbytes: int) -> str:

@@ -206,7 +206,7 @@ class Library:
         short, RuntimeFault otherwise, each with the library's message."""
         status = self._functions[name](*args)
         if status != SL_OK:
-            raise self._error(name, status)
+            raise self.error(name, status)
 
     def release(self, name: str, *args: object) -> None:
         """Call a function that cannot fail."""
@@ -216,14 +216,19 @@ class Library:
         """JSON of ``sl_describe``; counters are zero without a model."""
         needed = self._functions["sl_describe"](model, None, 0)
         if needed < 0:
-            raise self._error("sl_describe", SL_NO_MEMORY)
+            raise self.error("sl_describe", SL_NO_MEMORY)
         text = ctypes.create_string_buffer(needed)
         self._functions["sl_describe"](model, text, needed)
         return text.value.decode()
 
-    def _error(self, name: str, status: int) -> SinterError:
+    def last_error(self) -> str:
+        """The message of this thread's last failure."""
         raw = ctypes.cast(self._functions["sl_last_error"](), c_char_p).value or b""
-        message = raw.decode(errors="replace") or f"status {status}"
+        return raw.decode(errors="replace")
+
+    def error(self, name: str, status: int) -> SinterError:
+        """What ``call`` raises for a ``status`` that the function ``name`` has just returned."""
+        message = self.last_error() or f"status {status}"
         if status in (SL_MISMATCH, SL_IO):
             return BundleError(
                 f"{self.path.name}: {message}; rebuild the bundle with `sinterlm compile MODEL`"

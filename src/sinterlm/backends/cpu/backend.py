@@ -23,6 +23,7 @@ class CpuBackend:
     source_name: str = "model.cpp"
     weight_order: MatrixOrder = "panels"
     act_dtype: ActDType | None = None
+    inputs_sha256: str = ""
 
     def resolve_isa(self, isa: str | None) -> str:
         """``isa`` checked, or this machine's widest level. Raises UsageError for unknown names."""

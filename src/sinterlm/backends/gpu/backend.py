@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sinterlm.artifact.memo import Memo
+from sinterlm.artifact.memo import Memo, digest_json
 from sinterlm.backends.base import Toolchain
 from sinterlm.backends.cxx import toolchain
 from sinterlm.backends.gpu import library, objects
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.tuning import TileTable
 from sinterlm.errors import CompileError, UsageError
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
@@ -23,6 +24,7 @@ class GpuBackend:
     """One launch table per model, with code objects for one device family, behind a host."""
 
     device: Device
+    tiles: TileTable
     library_name: str = "model.so"
     source_name: str = "model.table"
     weight_order: MatrixOrder = "tiles"
@@ -32,6 +34,11 @@ class GpuBackend:
     def target(self) -> str:
         """The device's name."""
         return self.device.name
+
+    @property
+    def inputs_sha256(self) -> str:
+        """Of the tile table."""
+        return digest_json(self.tiles.to_json())
 
     def resolve_isa(self, isa: str | None) -> str:
         """The device's name: it has one instruction set. Raises UsageError for any other."""
@@ -52,7 +59,7 @@ class GpuBackend:
 
     def emit(self, plan: Plan, isa: str) -> str:
         """The launch table's text."""
-        return launch_table(plan, self.device).to_text()
+        return launch_table(plan, self.device, self.tiles).to_text()
 
     def build(self, source: str, isa: str, out: Path, memo: Memo) -> None:
         """Compile the kernels of ``source`` and write the host with table and objects to ``out``.

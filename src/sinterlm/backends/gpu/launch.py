@@ -25,9 +25,19 @@ _ONE = Axis("1")
 _ALIGN = 256  #: bytes of the arenas' buffers per unit, so that pointers are aligned for any count
 
 
-def launch_table(plan: Plan, device: Device) -> Table:
-    """Every launch of a step. Raises UnsupportedModelError for a shape no kernel has."""
-    return _Builder(plan, device, read_tiles(device.name)).build()
+#: Constants of a GEMM that its tile decides, or that follow from it and the device.
+TILE_CONSTANTS = ("BM", "BN", "BK", "SPLIT", "GROUP_M", "NUM_XCD", "CACHE", "DRAIN")
+
+
+def launch_table(plan: Plan, device: Device, tiles: TileTable | None = None) -> Table:
+    """Every launch of a step; ``tiles`` None = the shipped ones. Raises UnsupportedModelError for a
+    shape no kernel has."""
+    return _Builder(plan, device, tiles or read_tiles(device.name)).build()
+
+
+def made_for(constants: dict[str, Any]) -> dict[str, Any]:
+    """What a GEMM is compiled for beside its tile."""
+    return {name: value for name, value in constants.items() if name not in TILE_CONSTANTS}
 
 
 def check_shape(plan: Plan) -> None:
@@ -218,16 +228,16 @@ class _Builder:
         )  # fmt: skip
         padded = -(-c.vocab_size // 64) * 64
         matrix = self.matrix("lm_head")
-        entries = self.tiles.of("lm_head", matrix.stored)
+        shape = {"H": h, "V": c.vocab_size, "VP": padded, "EPS": op.eps, "KEEP_LOGITS": True,
+                 **matrix.constants}  # fmt: skip
+        entries = self.tiles.of("lm_head", matrix.stored, shape)
         widths = {cut_gemm(e, padded, h)["BN"] for e in entries}
         width = min(widths)  # one for all, so that one merge serves them
         blocks = padded // width
         deepest = deepest_block(matrix.constants["W_GROUP"])
         for entry in entries:
             tile = cut_gemm(entry, padded, h, width, most_depth=deepest)
-            constants = {"H": h, "V": c.vocab_size, "VP": padded, "EPS": op.eps,
-                         "KEEP_LOGITS": True, **matrix.constants,
-                         **self.gemm_constants(tile, entry)}  # fmt: skip
+            constants = {**shape, **self.gemm_constants(tile, entry)}
             del constants["SPLIT"], constants["DRAIN"]
             self.choose(op.kind, -1, "lm_head", entry, constants,
                         (Axis("R", tile["BM"], blocks), _ONE, _ONE), "R")  # fmt: skip
@@ -250,7 +260,8 @@ class _Builder:
         """A GEMM by every entry of the tile table for what ``matrix`` is stored in."""
         slot += matrix.suffix
         deepest = deepest_block(matrix.constants["W_GROUP"])
-        for entry in self.tiles.of(name, matrix.stored):
+        shape = {**constants, **matrix.constants}
+        for entry in self.tiles.of(name, matrix.stored, shape):
             tile = cut_gemm(entry, columns, depth, most_columns, must_be_most, deepest)
             tiles_n, split = columns // tile["BN"], tile["SPLIT"]
             if split > 1:
@@ -258,8 +269,8 @@ class _Builder:
                 self.need("parts", "1", count * split * halves * tile["BM"] * tile["BN"] * 4)
                 self.need("counters", "1", count * 4)
             grid = (Axis("T", tile["BM"], tiles_n * split), _ONE, _ONE)
-            made_for = {**constants, **matrix.constants, **self.gemm_constants(tile, entry)}
-            self.choose(slot, layer, name, entry, made_for, grid, "T")
+            made = {**shape, **self.gemm_constants(tile, entry)}
+            self.choose(slot, layer, name, entry, made, grid, "T")
         return Launch(slot, layer, self.bind(name, {**bound, **matrix.bind()}))
 
     def gemm_constants(self, tile: dict[str, int], entry: Entry) -> dict[str, Any]:

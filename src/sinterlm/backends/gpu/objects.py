@@ -74,6 +74,24 @@ def compile_objects(
     Raises CompileError where Triton is missing or fails, and where an object is not what a kernel
     must be (see ``faults``).
     """
+    objects = []
+    for kernel, made in zip(
+        kernels, compile_each(kernels, device, memo, processes), strict=True
+    ):  # fmt: skip
+        if isinstance(made, str):
+            raise CompileError(
+                f"{kernel.name} for {device.name} is not usable: {made}; its tile is from "
+                f"{kernel.source!r}: give other --tiles, or report it if you gave none"
+            )
+        objects.append(made)
+    return objects
+
+
+def compile_each(
+    kernels: Sequence[Kernel], device: Device, memo: Memo, processes: int | None = None
+) -> list[Object | str]:
+    """The checked code object of each kernel, from the cache where it has them, or what is wrong
+    with it. Raises CompileError where Triton is missing."""
     if triton_version() is None:
         raise CompileError(
             f"compiling for {device.name} needs Triton; install it with `pip install "
@@ -89,25 +107,17 @@ def compile_objects(
             found[key] = fact
     missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
     for key, result in _run(missing, processes or len(os.sched_getaffinity(0))).items():
-        if "error" in result:
-            name = missing[key]["kernel"]
-            raise CompileError(
-                f"Triton could not compile {name} for {device.name}: {result['error']}"
-            )
-        memo.remember("kernels", key, result)
+        if "error" not in result:
+            memo.remember("kernels", key, result)
         found[key] = result
-    objects = []
+    made: list[Object | str] = []
     for kernel, key in zip(kernels, keys, strict=True):
-        code = base64.b64decode(found[key]["object"])
-        made = Object(kernel, code, found[key]["facts"])
-        wrong = faults(made, device)
-        if wrong:
-            raise CompileError(
-                f"{kernel.name} for {device.name} is not usable: {'; '.join(wrong)}; its tile "
-                f"({kernel.source}) is a fault of SinterLM's table, please report it"
-            )
-        objects.append(made)
-    return objects
+        if "error" in found[key]:
+            made.append(f"Triton could not compile it: {found[key]['error']}")
+            continue
+        one = Object(kernel, base64.b64decode(found[key]["object"]), found[key]["facts"])
+        made.append("; ".join(faults(one, device)) or one)
+    return made
 
 
 def faults(made: Object, device: Device) -> list[str]:
@@ -192,6 +202,8 @@ def _job(kernel: Kernel, device: Device) -> dict[str, Any]:
 
 def _run(jobs: dict[str, dict[str, Any]], processes: int) -> dict[str, dict[str, Any]]:
     """Results by key, from as many processes as pay: a process starts in seconds."""
+    if not jobs:
+        return {}
     keys = list(jobs)
     processes = min(processes, -(-len(keys) // 2))
     shares = [keys[i::processes] for i in range(processes)]
@@ -211,14 +223,16 @@ def _run(jobs: dict[str, dict[str, Any]], processes: int) -> dict[str, dict[str,
                 )))  # fmt: skip
         try:
             for share, work, process in running:
-                lines = process.communicate()[0].splitlines()
-                if process.returncode != 0 or len(lines) != len(share):
-                    tail = (work / "log").read_text(errors="replace")[-1500:]
-                    raise CompileError(
-                        f"Triton's compiler ended with {process.returncode} at kernel "
-                        f"{jobs[share[min(len(lines), len(share) - 1)]]['kernel']}:\n{tail}"
-                    )
-                results |= dict(zip(share, map(json.loads, lines), strict=True))
+                said = process.communicate()[0]
+                lines = said[: said.rfind("\n") + 1].splitlines()  # whole ones
+                results |= dict(zip(share, map(json.loads, lines), strict=False))
+                if len(lines) == len(share):
+                    continue
+                # The process ended in the middle: that kernel is to blame, the others are not.
+                tail = (work / "log").read_text(errors="replace")[-1500:]
+                code, (culprit, *rest) = process.returncode, share[len(lines) :]
+                results[culprit] = {"error": f"the compiler ended with {code}:\n{tail}"}
+                results |= _run({key: jobs[key] for key in rest}, 1)
         finally:
             for _, _, process in running:
                 if process.poll() is None:

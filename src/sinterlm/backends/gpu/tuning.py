@@ -1,20 +1,30 @@
-"""Tile choices: the JSON tables of ``tiles/``, and what becomes of an entry at a real shape.
+"""Tile choices: the JSON tables of ``tiles/``, those that ``sinterlm tune`` writes, and what
+becomes of an entry at a real shape.
 
-A table holds starting points with their source; no device has measured any of them, and its
-``status`` says so. An entry is cut down where a matrix is not a multiple of it.
+A shipped table holds starting points with their source; no device has measured any of them, and its
+``status`` says so. An entry is cut down where a matrix is not a multiple of it. A tuned table holds
+entries for the very kernels that were measured, and stands before the shipped one.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from sinterlm.errors import UsageError
 
 #: What a GEMM's weights are stored in.
 Stored = Literal["bf16", "codes"]
 
 _TABLES = Path(__file__).with_name("tiles")
+#: Status of a table that ``sinterlm tune`` wrote.
+TUNED = "tuned"
+#: How the source of an entry begins that a device chose.
+MEASURED = "measured on "
+#: What a GEMM's entry must say of its tile; other kernels have other words.
+GEMM_TILE = ("BM", "BN", "BK", "GROUP_M", "MIN_PROGRAMS", "MAX_SPLIT")
 
 
 @dataclass(frozen=True)
@@ -27,28 +37,126 @@ class Entry:
     options: dict[str, Any]  #: of the compiler
     source: str
     weights: Stored = "bf16"
+    #: All other constants of the one kernel that was measured; None = it is for any.
+    made_for: dict[str, Any] | None = None
+    us: dict[str, float] = field(default_factory=dict)  #: microseconds by rows, where measured
+    gb_per_s: dict[str, float] = field(default_factory=dict)  #: of weights, by rows
 
 
 @dataclass(frozen=True)
 class TileTable:
-    """All entries of a target."""
+    """All entries of a target; of two that fit as well the first counts."""
 
     target: str
     status: str
     entries: tuple[Entry, ...]
+    device: str = ""  #: that was measured, as its driver calls it
+    driver: str = ""
+    date: str = ""  #: ISO 8601, of the last measurement
 
-    def of(self, kernel: str, weights: Stored = "bf16") -> tuple[Entry, ...]:
+    def of(
+        self, kernel: str, weights: Stored = "bf16", made_for: dict[str, Any] | None = None
+    ) -> tuple[Entry, ...]:
         """The entries of a kernel for weights that are stored so, fewest rows first; the last one
-        is for any number."""
-        found = [e for e in self.entries if (e.kernel, e.weights) == (kernel, weights)]
-        return tuple(sorted(found, key=lambda e: e.max_rows or 1 << 30))
+        is for any number. One that was measured for ``made_for`` goes before one for any."""
+        fits = [e for e in self.entries if (e.kernel, e.weights) == (kernel, weights)]
+        found: dict[int, Entry] = {}
+        for wanted in (made_for, None) if made_for is not None else (None,):
+            for entry in fits:
+                if entry.made_for == wanted:
+                    found.setdefault(entry.max_rows, entry)
+        return tuple(sorted(found.values(), key=lambda e: e.max_rows or 1 << 30))
+
+    def over(self, other: TileTable) -> TileTable:
+        """This one's entries before those of ``other``."""
+        return TileTable(
+            self.target, self.status, self.entries + other.entries, self.device, self.driver,
+            self.date,
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        """As the shipped tables are written: an entry a line."""
+        head: dict[str, Any] = {"target": self.target, "status": self.status}
+        if self.device:
+            head |= {"device": self.device, "driver": self.driver, "date": self.date}
+        lines = [json.dumps(_plain(entry)) for entry in self.entries]
+        facts = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in head.items())
+        return f'{{\n{facts}  "entries": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    """JSON form, without what an entry need not have."""
+    found = {**vars(entry), "max_rows": entry.max_rows or None}
+    spare = ("made_for", "us", "gb_per_s")
+    return {name: value for name, value in found.items() if value or name not in spare}
 
 
 def read_tiles(target: str) -> TileTable:
-    """The table of a target, which must be one of ``devices.DEVICES``."""
-    data = json.loads((_TABLES / f"{target}.json").read_text(encoding="utf-8"))
-    entries = [Entry(**{**e, "max_rows": e["max_rows"] or 0}) for e in data["entries"]]
-    return TileTable(data["target"], data["status"], tuple(entries))
+    """The shipped table of a target, which must be one of ``devices.DEVICES``."""
+    return parse_tiles((_TABLES / f"{target}.json").read_text(encoding="utf-8"))
+
+
+def tuned_path(cache: Path, target: str) -> Path:
+    """Where ``sinterlm tune`` leaves its table, and ``sinterlm compile`` looks for one."""
+    return cache / "tiles" / f"{target}.json"
+
+
+def find_tiles(target: str, given: Path | None, cache: Path) -> TileTable:
+    """The shipped table behind ``given``, or behind the tuned one in the ``cache`` if there is one.
+
+    Raises UsageError for a file that is no such table, or that of another target.
+    """
+    shipped = read_tiles(target)
+    path = given or tuned_path(cache, target)
+    if given is None and not path.is_file():
+        return shipped
+    again = "give another --tiles" if given else "delete it, or run `sinterlm tune` again"
+    try:
+        table = parse_tiles(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read the tile table {path}: {exc.strerror}; {again}") from exc
+    except ValueError as exc:
+        raise UsageError(f"{path} is no tile table: {exc}; {again}") from exc
+    if table.target != target:
+        raise UsageError(f"{path} has tiles for {table.target}, not for {target}; {again}")
+    return table.over(shipped)
+
+
+def parse_tiles(text: str) -> TileTable:
+    """Inverse of ``to_json``. Raises ValueError naming what is wrong."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
+        raise ValueError("there is no list of entries in it")
+    names = ("target", "status", "device", "driver", "date")
+    facts = {name: data[name] for name in names if name in data}
+    for name in ("target", "status"):
+        if name not in facts:
+            raise ValueError(f"it has no {name}")
+    if not all(isinstance(value, str) for value in facts.values()):
+        raise ValueError(f"its {', '.join(facts)} must be texts")
+    return TileTable(**facts, entries=tuple(map(_parse_entry, data["entries"])))
+
+
+def _parse_entry(data: Any) -> Entry:
+    """One entry. Raises ValueError."""
+    try:
+        entry = Entry(**{**data, "max_rows": data["max_rows"] or 0})
+    except (TypeError, KeyError) as exc:
+        raise ValueError(f"an entry is {str(data)[:80]}: {exc}") from exc
+    tile, options = entry.tile, entry.options
+    wrong = [
+        name
+        for held, names in ((tile, GEMM_TILE if "BK" in tile else ()),
+                            (options, ("num_warps", "num_stages")))
+        for name in names
+        if not isinstance(held.get(name), int) or held[name] < 1
+    ]  # fmt: skip
+    powers = ("BM", "BN", "BK", "MAX_SPLIT")
+    wrong += [n for n in powers if n in tile and tile[n] & (tile[n] - 1)]
+    if wrong:
+        raise ValueError(f"the entry of {entry.kernel} for {data['max_rows']} rows has no "
+                         f"usable {', '.join(wrong)}")  # fmt: skip
+    return entry
 
 
 def divisor(wanted: int, of: int) -> int:

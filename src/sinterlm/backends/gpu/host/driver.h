@@ -20,6 +20,7 @@ using sl::fail;
   X(init, hipInit, cuInit, (unsigned))                                                           \
   X(device_count, hipGetDeviceCount, cuDeviceGetCount, (int*))                                   \
   X(device_name, hipDeviceGetName, cuDeviceGetName, (char*, int, int))                           \
+  X(driver_version, hipDriverGetVersion, cuDriverGetVersion, (int*))                             \
   X(memory, hipMemGetInfo, cuMemGetInfo_v2, (size_t*, size_t*))                                  \
   X(allocate, hipMalloc, cuMemAlloc_v2, (void**, size_t))                                        \
   X(release, hipFree, cuMemFree_v2, (void*))                                                     \
@@ -39,6 +40,10 @@ using sl::fail;
   X(graph_launch, hipGraphLaunch, cuGraphLaunch, (void*, void*))                                 \
   X(graph_release, hipGraphExecDestroy, cuGraphExecDestroy, (void*))                             \
   X(captured_release, hipGraphDestroy, cuGraphDestroy, (void*))                                  \
+  X(event_create, hipEventCreateWithFlags, cuEventCreate, (void**, unsigned))                    \
+  X(event_record, hipEventRecord, cuEventRecord, (void*, void*))                                 \
+  X(event_elapsed, hipEventElapsedTime, cuEventElapsedTime, (float*, void*, void*))              \
+  X(event_release, hipEventDestroy, cuEventDestroy_v2, (void*))                                  \
   X(module_load, hipModuleLoadData, cuModuleLoadData, (void**, const void*))                     \
   X(module_unload, hipModuleUnload, cuModuleUnload, (void*))                                     \
   X(function, hipModuleGetFunction, cuModuleGetFunction, (void**, void*, const char*))           \
@@ -97,6 +102,12 @@ class Driver {
   const char* vendor() const { return hip_ ? "HIP" : "CUDA"; }
   bool is_hip() const { return hip_; }
   const std::string& device() const { return device_; }
+  // "HIP 60342" or "CUDA 12040", as the driver numbers itself.
+  std::string version() const {
+    int number = 0;
+    driver_version(&number);
+    return vendor() + (" " + std::to_string(number));
+  }
   bool failed() const { return failed_; }  // an error that nothing on the device outlives
 
   // SL_OK, or what the driver says of `code` while `doing` it.

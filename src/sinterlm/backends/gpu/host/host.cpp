@@ -1,6 +1,7 @@
 // The C ABI of a library for a GPU: one file for every model and device, with the launch table and
 // code objects of one model behind it. No exception crosses.
 #include "debug.h"
+#include "timing.h"
 
 struct sl_model {
   std::unique_ptr<slg::Model> impl;
@@ -18,7 +19,7 @@ inline std::string describe(const Table& t, const Model* m) {
       << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")
       << ", \"vocab_size\": " << t.fact("vocab") << "}, \"probe_bytes\": 0";
   if (m)
-    out << ", \"device\": \"" << m->driver.device()
+    out << ", \"device\": \"" << m->driver.device() << "\", \"driver\": \"" << m->driver.version()
         << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
         << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1";
   out << ", \"ops\": []}";
@@ -108,6 +109,13 @@ sl_status sl_enqueue_head(sl_model* model, const sl_enqueue_head_args* args) {
   });
 }
 
+sl_status sl_memory(const sl_memory_args* args) {
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_memory", true, args));
+    return slg::tell_memory(*args);
+  });
+}
+
 sl_status sl_launch_range(sl_model* model, int32_t first, int32_t last) {
   return sl::guarded([&] {
     if (!model) return sl::fail(SL_INVALID, "sl_launch_range: a required pointer is null");
@@ -128,6 +136,13 @@ sl_status sl_poke(sl_model* model, const char* name, const void* data, int64_t b
     if (!model || !name || !data)
       return sl::fail(SL_INVALID, "sl_poke: a required pointer is null");
     return slg::copy_named(*model->impl, name, nullptr, data, bytes);
+  });
+}
+
+sl_status sl_time(sl_model* model, const sl_time_args* args) {
+  return sl::guarded([&] {
+    SL_TRY(sl::check_call("sl_time", model != nullptr, args));
+    return slg::time_launch(*model->impl, *args);
   });
 }
 

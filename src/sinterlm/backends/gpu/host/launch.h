@@ -72,16 +72,8 @@ inline sl_status is_capturing(const Model& m, bool* out) {
   return SL_OK;
 }
 
-inline sl_status capture(Model& m, const GraphKey& key, bool is_decode, void** out) {
-  SL_TRY(m.driver.check(m.driver.capture_begin(m.stream, kThreadLocal), "beginning a graph"));
-#ifdef SL_MUTATE_WAIT_IN_CAPTURE
-  m.driver.stream_wait(m.stream);
-#endif
-#ifdef SL_MUTATE_ALLOCATE_IN_CAPTURE
-  Memory more;
-  more.allocate(m.driver, 1 << 20, "nothing");
-#endif
-  const sl_status launched = launch_all(m, key.sizes, is_decode);
+// Ends a capture, and makes a graph of it unless what was captured `launched` badly.
+inline sl_status end_capture(Model& m, sl_status launched, void** out) {
   void* graph = nullptr;
   const int ended = m.driver.capture_end(m.stream, &graph);
   if (launched != SL_OK) {
@@ -92,6 +84,18 @@ inline sl_status capture(Model& m, const GraphKey& key, bool is_decode, void** o
   const int made = m.driver.graph_make(out, graph, 0);
   m.driver.captured_release(graph);
   return m.driver.check(made, "making a graph");
+}
+
+inline sl_status capture(Model& m, const GraphKey& key, bool is_decode, void** out) {
+  SL_TRY(m.driver.check(m.driver.capture_begin(m.stream, kThreadLocal), "beginning a graph"));
+#ifdef SL_MUTATE_WAIT_IN_CAPTURE
+  m.driver.stream_wait(m.stream);
+#endif
+#ifdef SL_MUTATE_ALLOCATE_IN_CAPTURE
+  Memory more;
+  more.allocate(m.driver, 1 << 20, "nothing");
+#endif
+  return end_capture(m, launch_all(m, key.sizes, is_decode), out);
 }
 
 // As launch_all, by a graph where every sequence has one token and such a step has been run before.

@@ -4,10 +4,11 @@
 #include "abi_device.h"
 #include "launch.h"
 #include "sinterlm/open_check.h"
+#include "sinterlm/step_check.h"
 
 namespace slg {
 
-constexpr uint32_t kOpenFlags = SL_OPEN_HUGE_PAGES | SL_OPEN_EAGER | SL_OPEN_BORROW;
+constexpr uint32_t kOpenFlags = SL_OPEN_HUGE_PAGES | SL_OPEN_EAGER | SL_OPEN_BORROW | SL_OPEN_NOISE;
 
 inline sl_status check_open(const Model& m, const sl_open_args& a) {
   SL_TRY(sl::check_abi(a));
@@ -73,6 +74,29 @@ inline sl_status upload_file(Model& m, const char* path, int64_t bytes, char* to
   return status;
 }
 
+// Numbers that are finite in every type that kernels read, and as uneven as weights are: zeros
+// would flatter a device whose clock depends on how many bits change. Waits.
+inline sl_status fill_noise(Model& m, char* to, int64_t bytes, bool is_positive = false) {
+  constexpr int64_t kPiece = int64_t{16} << 20;
+  Memory piece;
+  SL_TRY(piece.allocate_host(m.driver, std::min(bytes, kPiece) + 8));
+  uint64_t state = 1;
+  for (int64_t at = 0; at < std::min(bytes, kPiece); at += 8) {
+    state ^= state << 13;  // Marsaglia's xorshift
+    state ^= state >> 7;
+    state ^= state << 17;
+    // Of each 16 bits the sign, the lowest bit of the exponent and the mantissa of a bf16.
+    const uint64_t kept = is_positive ? 0x00FF00FF00FF00FF : 0x80FF80FF80FF80FF;
+    const uint64_t word = (state & kept) | 0x3C003C003C003C00;
+    std::memcpy(piece.data() + at, &word, 8);
+  }
+  for (int64_t at = 0; at < bytes; at += kPiece)
+    SL_TRY(m.driver.check(
+        m.driver.to_device(to + at, piece.data(), std::min(kPiece, bytes - at), m.stream),
+        "copying noise"));
+  return m.driver.check(m.driver.stream_wait(m.stream), "copying noise");
+}
+
 inline sl_status load_weights(Model& m, const sl_open_args& a) {
   if (a.weights_base) {
     if (!(a.flags & SL_OPEN_BORROW) || reinterpret_cast<uintptr_t>(a.weights_base) % kAlign != 0)
@@ -85,6 +109,7 @@ inline sl_status load_weights(Model& m, const sl_open_args& a) {
   }
   SL_TRY(m.own_weights.allocate(m.driver, a.weights_bytes, "weights"));
   m.weights = m.own_weights.data();
+  if (a.flags & SL_OPEN_NOISE) return fill_noise(m, m.own_weights.data(), a.weights_bytes);
   return upload_file(m, a.weights_path, a.weights_bytes, m.own_weights.data());
 }
 
@@ -125,16 +150,50 @@ inline sl_status use_workspace(Model& m, char* workspace) {
   return fill_workspace(m, m.rope_cos, m.rope_sin);
 }
 
-inline sl_status open_model(const sl_open_args& a, std::unique_ptr<Model>* out) {
-  auto m = std::make_unique<Model>();
+inline sl_status read_table(Model* m) {
   SL_TRY(read_own_table(&m->table));
   const Table& t = m->table;
   m->shape = {t.fact("layers"),   t.fact("hidden"), t.fact("kv_heads"),
               t.fact("head_dim"), t.fact("vocab"),  t.fact("head_dim")};
+  return SL_OK;
+}
+
+inline sl_status open_driver(Model* m) {
+  return m->driver.open(m->table.device.compare(0, 3, "gfx") == 0);
+}
+
+inline sl_status tell_memory(const sl_memory_args& a) {
+  if (!a.out_free || !a.out_total || !a.out_workspace)
+    return fail(SL_INVALID, "sl_memory: a required pointer is null");
+  Model m;
+  SL_TRY(read_table(&m));
+  SL_TRY(sl::check_range("max_tokens", a.max_tokens, 1, 1 << 20));
+  SL_TRY(sl::check_range("max_seqs", a.max_seqs, 1, a.max_tokens));
+  SL_TRY(sl::check_range("max_sample_rows", a.max_sample_rows, 1, a.max_tokens));
+  SL_TRY(sl::check_range("max_model_len", a.max_model_len, 1, 1 << 24));
+  SL_TRY(sl::check_range("num_slots", a.num_slots, 0, 1 << 24));
+  m.args.max_tokens = a.max_tokens;
+  m.args.max_seqs = a.max_seqs;
+  m.args.max_sample_rows = a.max_sample_rows;
+  m.args.max_model_len = a.max_model_len;
+  m.args.num_slots = a.num_slots;
+  SL_TRY(open_driver(&m));
+  size_t free = 0, total = 0;
+  SL_TRY(m.driver.check(m.driver.memory(&free, &total), "asking for the memory of the device"));
+  *a.out_free = free;
+  *a.out_total = total;
+  *a.out_workspace = lay_out(m).total;
+  return SL_OK;
+}
+
+inline sl_status open_model(const sl_open_args& a, std::unique_ptr<Model>* out) {
+  auto m = std::make_unique<Model>();
+  SL_TRY(read_table(m.get()));
+  const Table& t = m->table;
   SL_TRY(check_open(*m, a));
   m->args = a;
   m->graphs = !(a.flags & SL_OPEN_EAGER);
-  SL_TRY(m->driver.open(t.device.compare(0, 3, "gfx") == 0));
+  SL_TRY(open_driver(m.get()));
   SL_TRY(m->driver.check(m->driver.stream_create(&m->own_stream, kNonBlocking), "a stream"));
   m->stream = m->own_stream;
   SL_TRY(load_kernels(*m));
