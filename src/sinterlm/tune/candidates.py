@@ -12,7 +12,7 @@ from itertools import product
 from math import log2
 
 from sinterlm.backends.gpu.table import Kernel
-from sinterlm.tune.tasks import Task
+from sinterlm.tune.tasks import Task, gemm_of
 
 _DEEPEST = 16  #: splits of the depth
 
@@ -96,5 +96,5 @@ def kernel_of(cut: Cut, task: Task) -> Kernel | None:
     x, y, z = task.start.grid
     wanted = replace(task.start, grid=(replace(x, per=cut.BM, times=times), y, z),
                      constants=constants, options={**task.start.options, **held})  # fmt: skip
-    made = task.table(task.entry(wanted, "a candidate")).kernels[0]
+    made = gemm_of(task.table(task.entry(wanted, "a candidate")))[2]
     return made if Cut.of(made) == cut else None

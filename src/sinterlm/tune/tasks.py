@@ -13,7 +13,7 @@ from typing import Any
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import MAX_SEQS, launch_table, made_for
 from sinterlm.backends.gpu.signatures import SIGNATURES
-from sinterlm.backends.gpu.table import Kernel, Launch, Table
+from sinterlm.backends.gpu.table import Choice, Kernel, Launch, Table
 from sinterlm.backends.gpu.tuning import Entry, Stored, TileTable
 from sinterlm.errors import UsageError
 from sinterlm.ir import ops
@@ -95,7 +95,7 @@ class Task:
     @cached_property
     def matrix(self) -> PackedTensor:
         """The weights."""
-        launch = launch_table(self.plan, self.device, self.tiles).launches[0]
+        launch, _, _ = gemm_of(launch_table(self.plan, self.device, self.tiles))
         offset = next(int(a.removeprefix("weight:")) for a in launch.args if "weight:" in a)
         return _tensor_at(self.plan, offset)
 
@@ -117,9 +117,10 @@ class Task:
     def trial(self, kernel: Kernel) -> Trial:
         """``kernel`` alone, with its weights at the beginning of the file and copies behind."""
         table = self.table(self.entry(kernel, kernel.source))
-        args, copy_bytes = self._packed(table.launches[0])
+        launch, choice, made = gemm_of(table)
+        args, copy_bytes = self._packed(launch)
         copies = min(MOST_COPIES, -(-ROTATED_BYTES // copy_bytes))
-        only = replace(table.kernels[0], id=0)
+        only = replace(made, id=0)
         assert only == replace(kernel, id=0), "what is timed is what would be compiled"
         return Trial(
             replace(
@@ -127,7 +128,7 @@ class Task:
                 facts={**table.facts, "layers": 1, "weights_bytes": copies * copy_bytes},
                 kernels=(only,),
                 launches=(Launch(self.slot, 0, args),),
-                choices=(replace(table.choices[0], most=0, kernel=0),),
+                choices=(replace(choice, most=0, kernel=0),),
             ),
             Train(copies, copy_bytes, max(copies, _LEAST_LAUNCHES), _SAMPLES, WARMUP_US),
             self.name,
@@ -152,8 +153,17 @@ class Task:
         return tuple(args), end
 
 
+def gemm_of(table: Table) -> tuple[Launch, Choice, Kernel]:
+    """The launch that is timed, of those of one op, and the first kernel of its slot."""
+    for launch in table.launches:
+        choice = next(c for c in table.choices if c.slot == launch.slot)
+        if (kernel := table.kernels[choice.kernel]).name in _WRITTEN:
+            return launch, choice, kernel
+    raise AssertionError(f"no GEMM among {[launch.slot for launch in table.launches]}")
+
+
 def _outputs(table: Table) -> Iterator[Output]:
-    kernel = table.kernels[0].name
+    kernel = gemm_of(table)[2].name
     for buffer in table.buffers:
         if buffer.name in _WRITTEN[kernel]:
             kind = SIGNATURES[kernel].args[buffer.name]
@@ -199,7 +209,7 @@ def _all_tasks(
             continue
         alone = replace(plan, graph=replace(plan.graph, ops=(op,)))
         table = launch_table(alone, device, tiles)
-        slot = table.launches[0].slot
+        slot = gemm_of(table)[0].slot
         if slot in seen:
             continue
         seen.add(slot)
