@@ -67,6 +67,38 @@ struct QueryBlock {
   int row_position(int r) const { return position + r / G; }
 };
 
+// What lies `next` bytes from where a tile is: keys and values are asked for under the products
+// before theirs, values under a chunk's scores and the next chunk's keys under its output, so that
+// memory is read while something is computed. The first tile over the rows asks for all.
+class PageAhead {
+ public:
+  static constexpr int kTurn = 1 << 30;
+
+  // `stride`: bytes from column group to column group.
+  PageAhead(int64_t next, int64_t stride) : next_(next), stride_(stride) {}
+  PageAhead share(int i, int, int width) const {
+    PageAhead mine = *this;
+    mine.width_ = i == 0 && next_ != 0 ? width : 0;
+    return mine;
+  }
+  SL_MEMBER void turn() {}
+  SL_MEMBER void ask(const void* step) const {
+    constexpr int kLine = 64;
+    if (reinterpret_cast<uintptr_t>(step) % kLine != 0) return;  // a line of codes is several steps
+    for (int j = 0; j < width_; ++j)
+      __builtin_prefetch(static_cast<const char*>(step) + next_ + j * stride_, 0, 2);
+  }
+
+ private:
+  int64_t next_, stride_;
+  int width_ = 0;
+};
+
+// Bytes from one place in the pages to another.
+inline int64_t distance(const void* from, const void* to) {
+  return static_cast<const char*>(to) - static_cast<const char*>(from);
+}
+
 // Keys of one chunk that some row of the block may see: [first, last), first a multiple of 16.
 struct KeyRange {
   int base, first, last;
@@ -80,9 +112,12 @@ inline void score_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
     const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int left = round_up(keys.last - pos, kLanes), j = pos - keys.base;
     const int n = std::min(left, pages.page_tokens - slot.index);
+    const C* k = slot.page + int64_t(slot.index) * D;
+    const PageAhead values{distance(slot.page, v_half<C, D>(slot.page, pages.page_tokens)),
+                           int64_t(D) * kLanes * int64_t{sizeof(C)}};
     panel_rows(rows, n / kLanes,
-               WideTile<C>{s.query[0], D, slot.page + int64_t(slot.index) * D, kLanes * kPair<C>,
-                           int64_t(D) * kLanes, D, s.score[0] + j, kChunk, false});
+               WideTile<C, PageAhead>{s.query[0], D, k, kLanes * kPair<C>, int64_t(D) * kLanes, D,
+                                      s.score[0] + j, kChunk, false, values});
     s.scales.template take<D>(j, slot, n, pages.page_tokens);
     pos += n;
   }
@@ -114,19 +149,25 @@ inline void softmax_row(AttentionScratch<C, D>& s, int r, const KeyRange& keys, 
   s.part_sum[r] = reduce_add(sum);
 }
 
-// part[r] = sum of prob[r][j] * v_(base + j)
+// part[r] = sum of prob[r][j] * v_(base + j); the sequence's keys that may be seen end at `end`.
 template <class C, int D>
 inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, const Pages<C>& pages,
-                        const QueryBlock& q, const KeyRange& keys) {
+                        const QueryBlock& q, const KeyRange& keys, int end) {
   constexpr int P = kPair<C>;
   bool more = false;
   for (int pos = keys.first; pos < keys.last;) {
     const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int n = std::min(keys.last - pos, pages.page_tokens - slot.index);
     const C* v = v_half<C, D>(slot.page, pages.page_tokens) + int64_t(slot.index) * D;
+    int64_t next = 0;
+    if (pos + kChunk < end) {
+      const Slot<C> slot = find_slot(b, pages, q.seq, pos + kChunk, q.kv_head);
+      next = distance(v, slot.page + int64_t(slot.index) * D);
+    }
+    const PageAhead keys_ahead{next, int64_t{kLanes} * P * int64_t{sizeof(C)}};
     panel_rows(rows, D / kLanes,
-               WideTile<C>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
-                           round_up(n, P), s.part[0], D, more});
+               WideTile<C, PageAhead>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
+                                      round_up(n, P), s.part[0], D, more, keys_ahead});
     more = true;
     pos += n;
   }
@@ -184,7 +225,7 @@ inline void attend_chunk(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Ne
     const int pos = q.row_position(r);
     softmax_row(s, r, keys, p.window > 0 ? pos - p.window + 1 : 0, pos + 1, p.scale);
   }
-  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
+  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys, range.last);
 }
 
 template <class C, int D>
