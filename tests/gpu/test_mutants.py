@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
 from tests.gpu.oplib import Tile
 
@@ -66,11 +67,11 @@ def _embed() -> None:
 
 
 def _normed_head() -> None:
-    kernels.test_a_head_of_normed_rows()
+    hidden.test_a_head_of_normed_rows()
 
 
 def _final_norm() -> None:
-    kernels.test_final_norm(5, 192, 208, 64)
+    hidden.test_final_norm(5, 192, 208, 64)
 
 
 def _codes(form: str) -> Callable[[], None]:
