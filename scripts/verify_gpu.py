@@ -151,7 +151,8 @@ def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(named_configs()[args.model]))
     command = [sys.executable, ROOT / "scripts/vllm_ab.py", TRAINED, folder]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    (line,) = (text for text in done.stdout.splitlines() if text.startswith("result: "))
+    facts: dict[str, Any] = json.loads(line.removeprefix("result: "))
     return facts
 
 

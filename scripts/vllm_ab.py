@@ -4,8 +4,9 @@
 
 TRAINED is a model whose greedy tokens are compared: ours eagerly, ours with vLLM's graphs, stock.
 SHAPE is a folder with a config.json, run with random weights: tokens per second of decode steps at
-each batch size. Stock has AITER on, where there is one. Every run is a process of its own; the last
-line printed is a JSON object. Fails where our tokens differ between eager steps and graphs.
+each batch size. Stock has AITER on, where there is one. Every run is a process of its own. What is
+found is the line that begins with ``result:``, a JSON object: vLLM prints lines of its own, at its
+end too. Fails where our tokens differ between eager steps and graphs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.run:
-        print(json.dumps(RUNS[args.run](args)))
+        print("result:", json.dumps(RUNS[args.run](args)), flush=True)
         return 0
     found = {arm: told(arm, "tokens") for arm in ARMS}
     eager = told("ours", "eager_tokens")
@@ -45,7 +46,7 @@ def main() -> int:
         "tokens are stock's": found["ours"] == found["stock"],
         "tokens/s": {arm: told(arm, "speeds") for arm in ARMS},
     }
-    print(json.dumps(facts))
+    print("result:", json.dumps(facts), flush=True)
     return 0 if found["ours"] == eager else 1
 
 
@@ -55,7 +56,13 @@ def told(arm: str, run: str) -> Any:
     done = subprocess.run(
         command, env={**os.environ, **ARMS[arm]}, check=True, text=True, stdout=subprocess.PIPE
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return result_of(done.stdout)
+
+
+def result_of(printed: str) -> Any:
+    """What follows ``result:``."""
+    (line,) = (text for text in printed.splitlines() if text.startswith("result: "))
+    return json.loads(line.removeprefix("result: "))
 
 
 def open_model(model: str, **options: Any) -> Any:

@@ -18,7 +18,9 @@ from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
 from sinterlm.compile import compile_model
 from sinterlm.options import CompileOptions
+from sinterlm.plugin import gpu
 from sinterlm.plugin.gpu import GpuModel, paged_tensors
+from sinterlm.runtime.device import PagedTensors
 from tests.conftest import ROOT
 from tests.gpu.host import build_driver
 from tests.gpu.recording import RecordingDriver
@@ -104,6 +106,32 @@ def test_the_cpus_tokens(
         assert found == answer[: len(found)]
     model.close()
     assert driver.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["gfx942"], indirect=True)
+@pytest.mark.parametrize("fault", ["values in place of keys", "tokens as far apart as heads"])
+def test_pages_that_are_walked_wrongly_are_noticed(
+    memory: FakeMemory, fault: str, cpu_answers: list[tuple[list[int], list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The plugin broken on purpose: other tokens, or a store where nothing of vLLM's lies."""
+
+    def broken(pages: list[Tensor], shape: ModelShape) -> PagedTensors:
+        good = paged_tensors(pages, shape)
+        if fault == "values in place of keys":
+            return replace(good, v=good.k)
+        return replace(good, token_stride=good.head_stride)
+
+    monkeypatch.setattr(gpu, "paged_tensors", broken)
+    model = GpuModel(memory.bundle, vllm_config(), memory)
+    runner = Runner(model, memory, "LBHNC")
+    drawn = []
+    for (prompt, answer), blocks in zip(cpu_answers, ([3, 7], [5, 1], [9, 2]), strict=True):
+        seq = Sequence(list(prompt), blocks)
+        drawn.append(runner.step((seq, len(prompt))) + runner.step((seq, 1)) == answer[:2])
+    assert not all(drawn) or memory.driver.faults
+    model.close()
 
 
 @pytest.mark.slow
