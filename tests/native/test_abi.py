@@ -17,14 +17,16 @@ import pytest
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.backends.cxx.toolchain import INCLUDE_DIRS, find_compiler
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
+from sinterlm.runtime import device
 from sinterlm.runtime import library as abi
 from sinterlm.runtime.batch import RowSampling, StepBatch
-from sinterlm.runtime.library import STRUCTS, Library
+from sinterlm.runtime.library import Library
 from sinterlm.runtime.model import Model
 from tests.native.conftest import Build, MakeTiny
 from tests.native.tiny import MAX_LEN, Tiny, bundle_of, prefill, step_batch, write_weights
 
-HEADER = (INCLUDE_DIRS[1] / "abi.h").read_text()
+HEADER = "".join((INCLUDE_DIRS[1] / name).read_text() for name in ("abi.h", "abi_device.h"))
+STRUCTS = {**abi.STRUCTS, **device.STRUCTS}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ class TestHeader:
             lines.append(f'printf("%zu\\n", sizeof({name}));')
             fields = [field[0] for field in struct._fields_]
             lines += [f'printf("%zu\\n", offsetof({name}, {field}));' for field in fields]
-        source = '#include "abi.h"\n#include <cstddef>\n#include <cstdio>\n'
+        source = '#include "abi_device.h"\n#include <cstddef>\n#include <cstdio>\n'
         (tmp_path / "layout.cpp").write_text(f"{source}int main() {{ {' '.join(lines)} }}")
         command = [*find_compiler().command, f"-I{INCLUDE_DIRS[1]}", "layout.cpp", "-o", "layout"]
         subprocess.run(command, cwd=tmp_path, check=True)
@@ -67,7 +69,7 @@ class TestHeader:
 
     def test_is_c(self, tmp_path: Path) -> None:
         """The header promises C to hosts that are not written in C++."""
-        (tmp_path / "c.c").write_text('#include "abi.h"\nint main(void) { return SL_OK; }\n')
+        (tmp_path / "c.c").write_text('#include "abi_device.h"\nint main(void) { return SL_OK; }\n')
         command = [*find_compiler().command, "-x", "c", "-std=c99", "-Wall", "-Werror", "-c"]
         subprocess.run([*command, f"-I{INCLUDE_DIRS[1]}", "c.c"], cwd=tmp_path, check=True)
 

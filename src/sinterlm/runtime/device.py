@@ -64,6 +64,13 @@ class TimeArgs(ctypes.Structure):
     )
 
 
+#: Every struct by its name in ``abi_device.h``; hosts with a stream of their own have the others.
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "sl_memory_args": MemoryArgs,
+    "sl_time_args": TimeArgs,
+}
+
+
 def _function(path: Path, name: str, *types: Any) -> Callable[..., int]:
     """A function of a loaded library that returns a status. Raises BundleError without it."""
     try:
