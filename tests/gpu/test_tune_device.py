@@ -222,6 +222,7 @@ def test_errors_of_the_command(
     for more, said in (
         (["gfx942"], "no HIP driver"),
         (["cpu"], "has no tiles"),
+        (["gfx942", "--bundle-sha256", "0" * 64], "no bundle is made"),
         (["gfx942", "--ops", "attention"], "no such GEMM"),
         (["gfx942", "--batch-sizes", "0"], "at least 1"),
         (["gfx942", "--time-limit", "0"], "--time-limit must be above 0"),
