@@ -16,14 +16,14 @@ from sinterlm.backends.gpu.objects import compile_objects
 from sinterlm.backends.gpu.table import Table
 from sinterlm.backends.gpu.tuning import MEASURED, read_tiles
 from sinterlm.cli import main
-from sinterlm.errors import RuntimeFault
+from sinterlm.errors import ResourceError, RuntimeFault
 from sinterlm.runtime.device import TimedLibrary, Train
 from sinterlm.tune import session, tasks
 from sinterlm.tune.candidates import Cut
 from sinterlm.tune.journal import Result
 from sinterlm.tune.search import steps_of
 from sinterlm.tune.tasks import Task, nothing
-from sinterlm.tune.timer import TrialFailed
+from sinterlm.tune.timer import TrialFailed, WorkerTimer
 from tests.conftest import ROOT
 from tests.gpu.host import build_driver
 from tests.gpu.recording import Launched, RecordingDriver
@@ -231,3 +231,10 @@ def test_errors_of_the_command(
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "tiles").exists()
+
+
+def test_the_real_worker_answers() -> None:
+    """A process of its own, here with a file that is no library."""
+    trial = nothing(read_tiles("gfx942"))
+    with WorkerTimer(b"no ELF") as timer, pytest.raises(ResourceError, match="cannot load"):
+        timer.time(trial, [], [])
