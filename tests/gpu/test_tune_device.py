@@ -17,6 +17,7 @@ from sinterlm.backends.gpu.table import Table
 from sinterlm.backends.gpu.tuning import MEASURED, read_tiles
 from sinterlm.cli import main
 from sinterlm.errors import ResourceError, RuntimeFault
+from sinterlm.passes.formats import Scheme
 from sinterlm.runtime.device import TimedLibrary, Train
 from sinterlm.tune import session, tasks
 from sinterlm.tune.candidates import Cut
@@ -92,10 +93,13 @@ def test_one_candidate_is_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", [None, Scheme(4, act="graph")], ids=["bf16", "int4"])
 @pytest.mark.parametrize("driver", ["gfx942", "sm_90"], indirect=True)
-def test_every_kernel_takes_noise(driver: RecordingDriver, host: bytes, memo: Memo) -> None:
+def test_every_kernel_takes_noise(
+    driver: RecordingDriver, host: bytes, memo: Memo, scheme: Scheme | None
+) -> None:  # fmt: skip
     """Each GEMM's starting point, interpreted: every load within its buffer, and no NaN."""
-    for task in tasks_of(driver.device.name, sizes=[2, 17]):
+    for task in tasks_of(driver.device.name, sizes=[2, 17], scheme=scheme):
 
         def run(launched: Launched) -> None:
             driver.run = lambda _: None  # the first launch is as good as all
