@@ -208,6 +208,8 @@ def test_compile_inspect_and_refuse_to_run(
     assert json.loads(capsys.readouterr().out)["launches"]["per_step"] == 13
 
     run = ["run", str(out), "--prompt", "x"]
+    assert main([*run, "--target", "gfx942", "--tiles", "t.json"]) == 2
+    assert "tiles has a meaning for checkpoints only" in capsys.readouterr().err
     assert main(run) == 2
     assert "compiled for gfx942 and --target is cpu" in capsys.readouterr().err
     monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(tmp_path / "libnone.so"))

@@ -16,14 +16,15 @@ from sinterlm.backends.gpu.objects import compile_objects
 from sinterlm.backends.gpu.table import Table
 from sinterlm.backends.gpu.tuning import MEASURED, read_tiles
 from sinterlm.cli import main
-from sinterlm.errors import RuntimeFault
+from sinterlm.errors import ResourceError, RuntimeFault
+from sinterlm.passes.formats import Scheme
 from sinterlm.runtime.device_probe import TimedLibrary, Train
 from sinterlm.tune import session, tasks
 from sinterlm.tune.candidates import Cut
 from sinterlm.tune.journal import Result
 from sinterlm.tune.search import steps_of
 from sinterlm.tune.tasks import Task, nothing
-from sinterlm.tune.timer import TrialFailed
+from sinterlm.tune.timer import TrialFailed, WorkerTimer
 from tests.conftest import ROOT
 from tests.gpu.host import build_driver
 from tests.gpu.recording import Launched, RecordingDriver
@@ -92,10 +93,13 @@ def test_one_candidate_is_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", [None, Scheme(4, act="graph")], ids=["bf16", "int4"])
 @pytest.mark.parametrize("driver", ["gfx942", "sm_90"], indirect=True)
-def test_every_kernel_takes_noise(driver: RecordingDriver, host: bytes, memo: Memo) -> None:
+def test_every_kernel_takes_noise(
+    driver: RecordingDriver, host: bytes, memo: Memo, scheme: Scheme | None
+) -> None:  # fmt: skip
     """Each GEMM's starting point, interpreted: every load within its buffer, and no NaN."""
-    for task in tasks_of(driver.device.name, sizes=[2, 17]):
+    for task in tasks_of(driver.device.name, sizes=[2, 17], scheme=scheme):
 
         def run(launched: Launched) -> None:
             driver.run = lambda _: None  # the first launch is as good as all
@@ -222,6 +226,7 @@ def test_errors_of_the_command(
     for more, said in (
         (["gfx942"], "no HIP driver"),
         (["cpu"], "has no tiles"),
+        (["gfx942", "--bundle-sha256", "0" * 64], "no bundle is made"),
         (["gfx942", "--ops", "attention"], "no such GEMM"),
         (["gfx942", "--batch-sizes", "0"], "at least 1"),
         (["gfx942", "--time-limit", "0"], "--time-limit must be above 0"),
@@ -230,3 +235,10 @@ def test_errors_of_the_command(
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "tiles").exists()
+
+
+def test_the_real_worker_answers() -> None:
+    """A process of its own, here with a file that is no library."""
+    trial = nothing(read_tiles("gfx942"))
+    with WorkerTimer(b"no ELF") as timer, pytest.raises(ResourceError, match="cannot load"):
+        timer.time(trial, [], [])

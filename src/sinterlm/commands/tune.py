@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     options = options_from(args, CompileOptions)
     if is_bundle(options.model):
         raise UsageError(f"{options.model} is a bundle; give the checkpoint that it was made from")
+    if options.bundle_sha256 is not None:
+        raise UsageError("--bundle-sha256 has no meaning here: no bundle is made")
     wanted = TuneOptions(
         ops=args.ops,
         batch_sizes=args.batch_sizes,

@@ -64,7 +64,7 @@ class TimeArgs(ctypes.Structure):
     )
 
 
-#: Every struct by its name in ``abi_device.h``.
+#: Every struct by its name in ``abi_device.h``; hosts with a stream of their own have the others.
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "sl_memory_args": MemoryArgs,
     "sl_time_args": TimeArgs,

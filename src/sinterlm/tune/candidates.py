@@ -79,6 +79,8 @@ def is_legal(cut: Cut, task: Task) -> bool:
         and task.depth % cut.BK == 0
         and task.depth // cut.BK >= cut.SPLIT
         and cut.BM * columns >= 256 * cut.num_warps
+        # What multiplies 64 rows or more on NVIDIA's is an instruction of four warps.
+        and (device.vendor == "hip" or cut.BM < 64 or cut.num_warps >= 4)
         # One buffer less than stages, as a stage may be in registers.
         and stage * max(1, cut.num_stages - 1) <= device.shared_bytes
         and 2 * cut.BM * columns // threads <= device.max_registers
