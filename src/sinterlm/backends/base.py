@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sinterlm.artifact.memo import Memo
+from sinterlm.ir.fp8 import Fp8Name
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
 
@@ -46,6 +47,11 @@ class Backend(Protocol):
     @property
     def act_dtype(self) -> ActDType | None:
         """The operands beside coded weights, where the target has one kind alone."""
+        ...
+
+    @property
+    def fp8(self) -> Fp8Name | None:
+        """How the target writes fp8 numbers; None = it has no kernels for them."""
         ...
 
     def resolve_isa(self, isa: str | None) -> str:

@@ -14,6 +14,7 @@ from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.table import Table
 from sinterlm.errors import CompileError, UsageError
+from sinterlm.ir.fp8 import Fp8Name
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
 
@@ -32,6 +33,11 @@ class GpuBackend:
     def target(self) -> str:
         """The device's name."""
         return self.device.name
+
+    @property
+    def fp8(self) -> Fp8Name:
+        """As the device's matrix instructions take them."""
+        return self.device.fp8
 
     def resolve_isa(self, isa: str | None) -> str:
         """The device's name: it has one instruction set. Raises UsageError for any other."""
