@@ -6,7 +6,8 @@ right from outside (seen at commit a9069c17 of 2026-08-22):
 - loads and stores of 1 and 2 bytes through a buffer descriptor take whole words;
 - lanes are run one after the other, so an instruction that reads other lanes of the register that
   it writes (DPP, ds_permute, ds_bpermute) reads what it has just written;
-- row_bcast takes a row's first lane instead of the last one of the row, or the two rows, before.
+- row_bcast takes a row's first lane instead of the last one of the row, or the two rows, before;
+- fp8 numbers are those of CDNA 4 (e4m3fn), where CDNA 3 has e4m3fnuz.
 """
 
 from __future__ import annotations
@@ -63,6 +64,43 @@ def correct(emu: Any) -> None:
     emu._iattr, emu._get_runner, emu._decode_at = attribute, runner, decode
     _broadcast_rows(emu)
     _narrow_buffer_ops(emu)
+    _fp8_of_cdna3(emu)
+
+
+def _fp8_of_cdna3(emu: Any) -> None:
+    """To and from e4m3fnuz, to nearest even; what is too large becomes NaN, as it does unless the
+    mode register says otherwise."""
+    from tinygrad.dtype import dtypes
+    from tinygrad.uop.ops import UOp
+
+    def const(value: int) -> Any:
+        return UOp.const(value, dtypes.uint32)
+
+    def number(value: float) -> Any:
+        return UOp.const(value, dtypes.float32)
+
+    def widen(v: Any) -> Any:
+        code = v.cast(dtypes.uint32) & const(0xFF)
+        exponent, mantissa = (code >> const(3)) & const(15), code & const(7)
+        normal = ((exponent + const(119)) << const(23)) | (mantissa << const(20))
+        small = (mantissa.cast(dtypes.float32) * number(2.0**-10)).bitcast(dtypes.uint32)
+        bits = exponent.eq(const(0)).where(small, normal) | ((code >> const(7)) << const(31))
+        return code.eq(const(0x80)).where(const(0x7FC00000), bits).bitcast(dtypes.float32)
+
+    def narrow(v: Any) -> Any:
+        bits = (v if v.dtype == dtypes.float32 else v.bitcast(dtypes.float32)).bitcast(
+            dtypes.uint32
+        )
+        size = bits & const(0x7FFFFFFF)
+        even = size + const(0x7FFFF) + ((size >> const(20)) & const(1))
+        steps = (size.bitcast(dtypes.float32) + number(2.0**13)).bitcast(dtypes.uint32)
+        small = steps - const((13 + 127) << 23)
+        is_small = size.__lt__(const(120 << 23))
+        code = is_small.where(small, (even >> const(20)) - const(119 << 3))
+        signed = code.eq(const(0)).where(code, code | ((bits >> const(31)) << const(7)))
+        return code.__lt__(const(0x80)).where(signed, const(0x80)).cast(dtypes.uint8)
+
+    emu._FUNCS["fp8_to_f32"], emu._FUNCS["f32_to_fp8"] = widen, narrow
 
 
 def _broadcast_rows(emu: Any) -> None:
