@@ -129,7 +129,7 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
             raise UsageError(f"--dump-dir {options.dump_dir}: {exc.strerror}") from exc
     from sinterlm.passes.formats import scheme_of
 
-    scheme_of(options)  # refuses one that there is not
+    scheme_of(options, backend.act_dtype, backend.fp8)  # refuses one that there is not
     cache = Cache.at(locate_cache(options.cache_dir))
     named = env_text("SINTERLM_ISA") if options.target == "cpu" else None
     isa = backend.resolve_isa(options.isa or named)
@@ -196,16 +196,17 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     graph = build_graph(checkpoint.config, job.dtype, in_codes, job.options.tensor_parallel_size)
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
-    scheme = scheme_of(job.options, job.backend.act_dtype)
+    scheme = scheme_of(job.options, job.backend.act_dtype, job.backend.fp8)
     stored = checkpoint.codes_for(job.dtype, are_asked=scheme.bits is not None)
     # What is made up is as even as weights can be, and slow to draw twice.
     error_of = measured(checkpoint.read_exact) if checkpoint.files else None
     order = job.backend.weight_order
     made = plan(graph, job.options.dump_dir, scheme, stored, error_of, order)
-    if job.options.act_dtype is not None and not made.graph.formats:
+    act, formats = job.options.act_dtype, made.graph.formats.values()
+    if act is not None and not any(form.is_fp8 or act != "fp8" for form in formats):
         raise UsageError(
-            "--act-dtype says what stands beside quantised weights, and there are none; give "
-            "--quantization int8 or int4"
+            f"--act-dtype {act} says what stands beside quantised weights, and there are none; "
+            f"give --quantization {'fp8' if act == 'fp8' else 'int8 or int4'}"
         )
     return made
 

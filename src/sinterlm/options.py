@@ -12,8 +12,8 @@ from typing import Literal
 
 DTypeName = Literal["bf16", "fp32"]
 IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
-QuantizationName = Literal["int8", "int4"]
-ActDTypeName = Literal["int8", "bf16"]
+QuantizationName = Literal["int8", "int4", "fp8"]
+ActDTypeName = Literal["int8", "bf16", "fp8"]
 KvCacheDTypeName = Literal["auto", "bf16", "int8"]
 
 #: Weights along k that may share a scale; 0 = all of an output channel.
@@ -43,7 +43,8 @@ class CompileOptions:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16
     quantization: QuantizationName | None = None  #: codes that matrices are stored in; None = dtype
     quant_group: int | None = None  #: one of QUANT_GROUPS; None = 128 for int8, 32 for int4
-    act_dtype: ActDTypeName | None = None  #: GEMM operands beside coded weights; None = int8
+    #: GEMM operands beside coded weights; None = int8, on a GPU bf16.
+    act_dtype: ActDTypeName | None = None
     #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head.
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"

@@ -316,7 +316,9 @@ def test_pin_of_a_compiled_model(world: World) -> None:
     [
         ({"quantization": "int3"}, "'int3' is not supported; supported: int8, int4"),
         ({"quantization": "int8", "quant_group": 48}, "--quant-group 48.*0, 32, 64, 128"),
-        ({"quantization": "int8", "act_dtype": "fp8"}, "--act-dtype 'fp8'.*int8 or bf16"),
+        ({"quantization": "int8", "act_dtype": "fp4"}, "--act-dtype 'fp4'.*int8, bf16 or fp8"),
+        ({"quantization": "fp8"}, "--quantization fp8 is not.*--target cpu.*give int8"),
+        ({"act_dtype": "fp8"}, "--act-dtype fp8 goes with fp8 weights"),
         ({"quant_group": 32}, "--quant-group says how.*--quantization"),
         ({"quantization": "int4", "act_dtype": "bf16", "dtype": "fp32"}, "--act-dtype bf16.*fp32"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype 'fp8' is not.*auto, bf16, int8"),

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
 }
 
 _CODES = {"<u2": "BF16", "<f2": "F16", "<f4": "F32", "|i1": "I8", "<i4": "I32",
-          "<i8": "I64"}  # fmt: skip
+          "<i8": "I64", "|u1": "F8_E4M3"}  # fmt: skip
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -49,7 +49,7 @@ def tiny_arrays(data: dict[str, Any], seed: int = 0, extra: tuple[str, ...] = ()
 
 
 def safetensors_bytes(arrays: Arrays) -> bytes:
-    """A well-formed file; uint16 arrays are bf16."""
+    """A well-formed file; uint16 arrays are bf16, uint8 arrays fp8."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, array in arrays.items():

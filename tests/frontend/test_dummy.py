@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import pytest
 
 from sinterlm.frontend.dummy import DummyCheckpoint
 from sinterlm.frontend.hf_config import read_config
 from sinterlm.frontend.numeric import bf16_to_fp32, fp32_to_bf16
+from sinterlm.ir.quant import GemmFormat
 from tests.frontend.builders import tiny_config
 
 CONFIG = read_config(tiny_config(vocab_size=2000, attention_bias=True))
@@ -57,3 +59,12 @@ def test_digest_tells_models_apart() -> None:
     }
     assert len(digests) == 4
     assert DummyCheckpoint("another name", CONFIG).digest() in digests
+
+
+@pytest.mark.parametrize("code", ["e4m3fn", "e4m3fnuz"])
+def test_fp8_numbers_are_drawn_with_the_same_deviation(code: str) -> None:
+    form = GemmFormat(8, 0, True, "graph", 0, code)
+    coded = DummyCheckpoint("d", CONFIG).read_coded(EMBED, form)
+    values = coded.dequantise()
+    assert values.shape == (2000, 32) and np.isfinite(values).all()
+    assert abs(values.std() - 0.02) < 5e-4 and abs(values.mean()) < 5e-4

@@ -177,7 +177,7 @@ def test_the_digest_covers_every_part_and_the_config(tmp_path: Path) -> None:
         (AWQ | {"version": "gemv"}, "gemv"),
         (AWQ | {"bits": 8}, "bits"),
         (AWQ | {"zero_point": False}, "zero_point"),
-        (W8A8 | {"format": "float-quantized"}, "float-quantized"),
+        (W8A8 | {"format": "naive-quantized"}, "naive-quantized"),
         (W8A8 | {"config_groups": {}}, "config_groups"),
         (W8A8 | {"config_groups": {"a": {}}}, "weights"),
         (W8A8 | {"config_groups": W8A8["config_groups"] | {"b": {}}}, "one group"),

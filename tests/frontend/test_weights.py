@@ -227,7 +227,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "extra key": ({"a": _entry([2], 0, 8) | {"x": 1}}, "expected dtype"),
     "no entry": ({"a": 3}, "expected dtype"),
     "uint8": ({"a": _entry([8], 0, 8, "U8")}, "U8"),
-    "fp8": ({"a": _entry([8], 0, 8, "F8_E4M3")}, "F8_E4M3"),
+    "fp8": ({"a": _entry([8], 0, 8, "F8_E5M2")}, "F8_E5M2"),
     "dtype a number": ({"a": _entry([2], 0, 8, 5)}, "dtype"),
 }
 

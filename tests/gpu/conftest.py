@@ -14,7 +14,7 @@ from sinterlm.backends.gpu.library import compile_host, join
 from sinterlm.backends.gpu.objects import archive, compile_objects
 from sinterlm.passes.formats import Scheme
 from tests.gpu.host import Machine, build_driver, for_few_rows
-from tests.gpu.models import tiny
+from tests.gpu.models import fp8, tiny
 from tests.gpu.recording import RecordingDriver
 
 
@@ -37,7 +37,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=["gfx942", *(pytest.param(p, marks=pytest.mark.slow)
-                                    for p in ("sm_90", "sm_90:int4"))])  # fmt: skip
+                                    for p in ("sm_90", "sm_90:int4", "gfx942:fp8"))])  # fmt: skip
 def machine(
     triton: None, request: pytest.FixtureRequest, tmp_path: Path, memo: Memo,
     hosts: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +49,8 @@ def machine(
         out = tmp_path / "host.so"
         compile_host(out, defines={f"SL_MUTATE_{mutation}": "1"} if mutation else None)
         hosts[mutation] = out.read_bytes()
-    model = tiny("llama-tied", name, Scheme(4, act="graph") if stored else None)
+    schemes = {"": None, "int4": Scheme(4, act="graph"), "fp8": fp8(name, act="fp8")}
+    model = tiny("llama-tied", name, schemes[stored])
     table = for_few_rows(model.table)
     objects = compile_objects(table.kernels, device, memo)
     library, weights = tmp_path / "model.so", tmp_path / "weights.bin"

@@ -1,12 +1,15 @@
 """What tinygrad's emulator of CDNA does not do, or does otherwise than the ISA document says, put
 right from outside (seen at commit a9069c17 of 2026-08-22):
 
-- instructions that only write back or drop caches are unknown: they do nothing here;
+- instructions that only write back or drop caches, or set bits of the mode register, are unknown:
+  they do nothing here;
 - an atomic that returns the old value is told by ``sc0``, which older chips call ``glc``;
 - loads and stores of 1 and 2 bytes through a buffer descriptor take whole words;
 - lanes are run one after the other, so an instruction that reads other lanes of the register that
   it writes (DPP, ds_permute, ds_bpermute) reads what it has just written;
-- row_bcast takes a row's first lane instead of the last one of the row, or the two rows, before.
+- row_bcast takes a row's first lane instead of the last one of the row, or the two rows, before;
+- fp8 numbers are those of CDNA 4 (e4m3fn), where CDNA 3 has e4m3fnuz, and what is too large for one
+  becomes the largest, as Triton sets the mode (FP16_OVFL).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import struct
 from types import SimpleNamespace
 from typing import Any
 
-_CACHE_OPS = ("BUFFER_INV", "BUFFER_WBL2", "GLOBAL_INV", "GLOBAL_WB")
+_IGNORED = ("BUFFER_INV", "BUFFER_WBL2", "GLOBAL_INV", "GLOBAL_WB", "S_SETREG_IMM32_B32")
 _NOP = struct.pack("<II", 0xBF800000, 0)  # s_nop 0
 #: A vector register that no kernel of ours uses: copies of what is read across lanes.
 _SPARE = 255
@@ -36,12 +39,12 @@ def correct(emu: Any) -> None:
         return found
 
     def runner(code: bytes, arch: str) -> Any:
-        is_cache = emu._op_name(emu.decode_inst(code, arch)).startswith(_CACHE_OPS)
-        return get_runner(_NOP if is_cache else code, arch)
+        is_ignored = emu._op_name(emu.decode_inst(code, arch)).startswith(_IGNORED)
+        return get_runner(_NOP if is_ignored else code, arch)
 
     def decode(pc: int, arch: str) -> Any:
         made, inst = decode_at(pc, arch)
-        if emu._op_name(inst).startswith(_CACHE_OPS):
+        if emu._op_name(inst).startswith(_IGNORED):
             skip = SimpleNamespace(fxn=_skipper(inst.size()))
             return (SimpleNamespace(arg=SimpleNamespace(globals=[0])), skip), inst
         place = _read_across(emu, inst)
@@ -63,6 +66,43 @@ def correct(emu: Any) -> None:
     emu._iattr, emu._get_runner, emu._decode_at = attribute, runner, decode
     _broadcast_rows(emu)
     _narrow_buffer_ops(emu)
+    _fp8_of_cdna3(emu)
+
+
+def _fp8_of_cdna3(emu: Any) -> None:
+    """To and from e4m3fnuz, to nearest even; NaN of NaN and infinity."""
+    from tinygrad.dtype import dtypes
+    from tinygrad.uop.ops import UOp
+
+    def const(value: int) -> Any:
+        return UOp.const(value, dtypes.uint32)
+
+    def number(value: float) -> Any:
+        return UOp.const(value, dtypes.float32)
+
+    def widen(v: Any) -> Any:
+        code = v.cast(dtypes.uint32) & const(0xFF)
+        exponent, mantissa = (code >> const(3)) & const(15), code & const(7)
+        normal = ((exponent + const(119)) << const(23)) | (mantissa << const(20))
+        small = (mantissa.cast(dtypes.float32) * number(2.0**-10)).bitcast(dtypes.uint32)
+        bits = exponent.eq(const(0)).where(small, normal) | ((code >> const(7)) << const(31))
+        return code.eq(const(0x80)).where(const(0x7FC00000), bits).bitcast(dtypes.float32)
+
+    def narrow(v: Any) -> Any:
+        bits = (v if v.dtype == dtypes.float32 else v.bitcast(dtypes.float32)).bitcast(
+            dtypes.uint32
+        )
+        size = bits & const(0x7FFFFFFF)
+        even = size + const(0x7FFFF) + ((size >> const(20)) & const(1))
+        steps = (size.bitcast(dtypes.float32) + number(2.0**13)).bitcast(dtypes.uint32)
+        small = steps - const((13 + 127) << 23)
+        is_small = size.__lt__(const(120 << 23))
+        code = is_small.where(small, (even >> const(20)) - const(119 << 3))
+        code = code.__lt__(const(0x80)).where(code, const(0x7F))
+        signed = code.eq(const(0)).where(code, code | ((bits >> const(31)) << const(7)))
+        return size.__lt__(const(0x7F800000)).where(signed, const(0x80)).cast(dtypes.uint8)
+
+    emu._FUNCS["fp8_to_f32"], emu._FUNCS["f32_to_fp8"] = widen, narrow
 
 
 def _broadcast_rows(emu: Any) -> None:

@@ -13,11 +13,12 @@ from sinterlm.backends.gpu.table import Table
 from sinterlm.ir.bf16 import to_bf16
 from sinterlm.ir.graph import DecoderConfig, Graph
 from sinterlm.ir.plan import Plan
-from sinterlm.ir.quant import CodedMatrix
+from sinterlm.ir.quant import ActDType, CodedMatrix, GemmFormat
+from sinterlm.passes.coding import in_format
 from sinterlm.passes.formats import Scheme
 from sinterlm.passes.packing import packed_chunks
 from sinterlm.passes.pipeline import plan
-from sinterlm.passes.quantise import quantise
+from tests.gpu.oplib import coded
 from tests.ir.graphs import config, plain_graph, random_weights
 
 #: Between them: tied and not, every bias, q/k norm, windows, GQA 1, 3, 5, padding of MLP and head.
@@ -48,19 +49,33 @@ class TinyGpu:
         return Simulator(self.table, self.packed, self.graph.config.rope, **sizes)
 
 
-def tiny(name: str, device: str, scheme: Scheme | None = None) -> TinyGpu:
-    """A model; ``scheme`` with act "graph", as a GPU has it."""
+def fp8(device: str, asked: bool = True, act: ActDType = "graph") -> Scheme:
+    """``--quantization fp8`` on a device; or none, for what a checkpoint brings."""
+    return Scheme(8 if asked else None, None, act, asked, DEVICES[device].fp8)
+
+
+def tiny(
+    name: str, device: str, scheme: Scheme | None = None, stored: GemmFormat | None = None
+) -> TinyGpu:
+    """A model; ``scheme`` with act "graph", as a GPU has it. ``stored`` is the format of the
+    projections in the checkpoint."""
     graph = plain_graph(CONFIGS[name], "bf16")
     weights = random_weights(graph, seed=len(name))
-    made = plan(graph, scheme=scheme, order="tiles")
+    projections = [n for n, w in graph.weights.items() if n[0].isdigit() and len(w.shape) == 2]
+    brought = {n: coded(weights[n], stored) for n in projections} if stored else {}
+    formats = dict.fromkeys(brought, stored) if stored else {}
+    made = plan(graph, scheme=scheme, stored=formats, order="tiles")
     packed = np.zeros(made.layout.nbytes, np.uint8)
 
     def read(tensor: str, dtype: str) -> np.ndarray:
         return to_bf16(weights[tensor]) if dtype == "bf16" else weights[tensor]
 
-    for offset, chunk in packed_chunks(made.layout, read):
+    def read_coded(tensor: str, form: GemmFormat) -> CodedMatrix | None:
+        return brought[tensor].written_as(form.code) if tensor in brought else None
+
+    for offset, chunk in packed_chunks(made.layout, read, read_coded=read_coded):
         packed[offset : offset + chunk.nbytes] = np.frombuffer(chunk, np.uint8)
-    stored: dict[str, np.ndarray | CodedMatrix] = dict(weights)
+    held: dict[str, np.ndarray | CodedMatrix] = dict(weights)
     for weight, form in made.graph.formats.items():
-        stored[weight] = quantise(weights[weight], form.bits, form.group, form.symmetric)
-    return TinyGpu(graph, stored, made, launch_table(made, DEVICES[device]), packed)
+        held[weight] = brought.get(weight) or in_format(weights[weight], form)
+    return TinyGpu(graph, held, made, launch_table(made, DEVICES[device]), packed)

@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from sinterlm.backends.gpu.devices import Rounding
 from sinterlm.backends.gpu.interpreter import Order, run_kernel
 from sinterlm.backends.gpu.operands import WIDE, operand
 from sinterlm.ir.bf16 import from_bf16, to_bf16
+from sinterlm.ir.fp8 import from_fp8, to_fp8
 from sinterlm.ir.plan import PackedTensor
-from sinterlm.ir.quant import GemmFormat, PanelShape
+from sinterlm.ir.quant import CodedMatrix, GemmFormat, PanelShape
+from sinterlm.passes.coding import in_format
 from sinterlm.passes.packing_codes import PanelWriter
-from sinterlm.passes.quantise import quantise
 
 NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
+#: To fp8; a test of both sets it.
+ROUNDING: Rounding = "cvt"
 
 
 def tiles(w: np.ndarray) -> np.ndarray:
@@ -42,29 +46,46 @@ def matrix(
     size = padded // 64 * PanelShape(form, k).nbytes
     tensor = PackedTensor("t", "tiles", "int4", padded, k, k, (), 0, size, form)
     writer = PanelWriter(tensor, padded)
-    writer.put(0, quantise(w, form.bits, form.group, form.symmetric))
+    writer.put(0, coded(w, form))
     packed = writer.bytes().reshape(-1)
     assert packed.nbytes == size
-    read = operand(tensor)
+    read = operand(tensor, ROUNDING)
     starts = [0 if arg == "null" else int(arg.split(":")[1]) for arg in read.args]
-    kinds = (np.uint8, np.float16 if form.group else np.float32, np.float32)
+    kinds = (np.uint8, np.float16 if form.scale_bytes == 2 else np.float32, np.float32)
     found = [packed[at:].view(kind) for at, kind in zip(starts, kinds, strict=True)]
     if form.symmetric:
         found[2] = np.zeros(0, np.float32)
     return dict(zip((name, "w_scale", "w_offset"), found, strict=True)), read.constants
 
 
+def coded(w: np.ndarray, form: GemmFormat) -> CodedMatrix:
+    """w[N, K] in the codes of ``form``; fp8 by groups or blocks, as checkpoints bring it."""
+    if not form.is_fp8 or form.group == 0:
+        return in_format(w, form)
+    (n, k), rows, group = w.shape, form.rows, form.group
+    grid = (-(-n // rows), -(-k // group))
+    full = np.zeros((grid[0] * rows, grid[1] * group), np.float32)
+    full[:n, :k] = w
+    largest = np.abs(full).reshape(grid[0], rows, grid[1], group).max(axis=(1, 3))
+    scales = np.repeat(np.maximum(largest, 1e-6) / np.float32(448), rows, axis=0)[:n]
+    numbers = to_fp8(w / np.repeat(scales, group, axis=1)[:, :k], "e4m3fn")
+    return CodedMatrix(numbers, scales, None, 8, group, "e4m3fn").written_as(form.code)
+
+
 def meaning(w: np.ndarray, form: GemmFormat | None) -> tuple[np.ndarray, np.ndarray]:
     """What a kernel multiplies for w[N, K], in float64, and the size of what it adds up."""
     if form is None:
         return w.astype("f8"), np.abs(w).astype("f8")
-    coded = quantise(w, form.bits, form.group, form.symmetric)
+    stored = coded(w, form)
     group = np.arange(w.shape[1]) // (form.group or w.shape[1])
-    scale, codes = coded.scales.astype("f8")[:, group], coded.codes.astype("f8")
-    if coded.offsets is None:
+    scale, codes = stored.scales.astype("f8")[:, group], stored.codes.astype("f8")
+    if stored.code != "int":
+        value = scale * from_fp8(stored.codes, stored.code)
+        return value, np.abs(value)
+    if stored.offsets is None:
         value = scale * (codes - (1 << (form.bits - 1)))
         return value, np.abs(value)
-    offset = coded.offsets.astype("f8")[:, group]
+    offset = stored.offsets.astype("f8")[:, group]
     return scale * codes + offset, np.abs(scale) * codes + np.abs(offset)
 
 

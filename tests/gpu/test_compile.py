@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from sinterlm.cli import main
 from sinterlm.errors import BundleError, CompileError
 from sinterlm.passes.formats import Scheme
 from sinterlm.runtime.model import Model
-from tests.gpu.models import tiny
+from tests.gpu.models import fp8, tiny
 
 INT4 = Scheme(4, act="graph")
 
@@ -45,6 +46,9 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     kernels = [k for k in kernels_of(device) if k.name in ("attention", "residual_matmul")][1:]
     kernels += [k for k in kernels_of(device, INT4) if k.name == "residual_matmul"]
     assert kernels[-1].constants["BITS"] == 4
+    table = tiny("qwen2-window", device, fp8(device, act="fp8")).table
+    rounding = [k for k in table.kernels if k.constants.get("A_FP8")]
+    kernels.append(next(k for k in rounding if k.constants["BM"] == 64))
     made = compile_objects(kernels, DEVICES[device], memo)
     assert [o.kernel for o in made] == kernels
     magic = b"\x7fELF"
@@ -61,11 +65,13 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "scheme",
-    [None, INT4, Scheme(4, 128, "graph"), Scheme(8, 0, "graph")],
-    ids=["bf16", "int4", "int4-128", "int8-0"],
+    [None, INT4, Scheme(4, 128, "graph"), Scheme(8, 0, "graph"), "graph", "fp8"],
+    ids=["bf16", "int4", "int4-128", "int8-0", "fp8", "fp8-a8"],
 )
-def test_every_kernel_of_every_device(scheme: Scheme | None, device: str) -> None:
+def test_every_kernel_of_every_device(scheme: Any, device: str) -> None:
     """Compiled twice without a cache: the same bytes."""
+    if isinstance(scheme, str):
+        scheme = fp8(device, act=scheme)
     kernels = kernels_of(device, scheme)
     if scheme is not None:
         kernels = [k for k in kernels if k.constants.get("BITS", 16) != 16]
@@ -100,6 +106,20 @@ def test_each_gate_closes(wrong: dict, named: str) -> None:
     found = faults(made, DEVICES["gfx942"])
     assert len(found) == 1 and named in found[0]
     assert not faults(replace(made, facts=GOOD), DEVICES["gfx942"])
+
+
+def test_products_of_fp8_must_be_native() -> None:
+    table = tiny("llama-tied", "sm_90", fp8("sm_90", act="fp8")).table
+    few, many = (
+        next(k for k in table.kernels if k.constants.get("A_FP8") and k.constants["BM"] == rows)
+        for rows in (16, 128)
+    )
+    facts = {**GOOD, "matrix": ["mma.sync", "wgmma.mma_async"], "fp8_matrix": []}
+    assert "no matrix instruction of fp8" in faults(objects.Object(many, b"", facts),
+                                                    DEVICES["sm_90"])[0]  # fmt: skip
+    assert not faults(objects.Object(few, b"", facts), DEVICES["sm_90"])
+    facts["fp8_matrix"] = ["wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"]
+    assert not faults(objects.Object(many, b"", facts), DEVICES["sm_90"])
 
 
 STORE, WAIT, JOIN, COUNT = (
@@ -152,6 +172,10 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
         (["--target", "sm_90", "--act-dtype", "int8"], "--act-dtype int8 is not supported"),
         (["--target", "sm_90", "--kv-cache-dtype", "int8"], "--kv-cache-dtype int8 is not"),
         (["--target", "gfx942", "--isa", "avx2"], "--isa avx2 is of a CPU"),
+        (["--quantization", "fp8"], "--quantization fp8 is not supported with --target cpu"),
+        (["--target", "sm_90", "--act-dtype", "fp8"], "there are none; give --quantization fp8"),
+        (["--target", "sm_90", "--quantization", "int4", "--act-dtype", "fp8"], "goes with fp8"),
+        (["--target", "sm_90", "--quantization", "fp8", "--quant-group", "64"], "leave it out"),
     ],
 )
 def test_bad_requests_are_refused(

@@ -18,7 +18,7 @@ from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.simulator import Part, Simulator
 from sinterlm.backends.gpu.table import Axis, Kernel
 from sinterlm.backends.gpu.tuning import read_tiles
-from tests.gpu import oplib, test_hidden, test_kernels
+from tests.gpu import oplib, test_fp8, test_hidden, test_kernels
 from tests.gpu.emulator import load_emulator, run_object
 from tests.gpu.host import PAGES, PROMPTS, Machine, batch
 from tests.gpu.oplib import Tile
@@ -73,6 +73,15 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
         test_kernels.test_residual(17, 128, 128, Tile(BK=128, NUM_XCD=8), False))),
     "residual of 4-bit codes": ("residual_matmul", lambda: test_kernels.test_residual_of_codes(
         test_kernels.FORMS["w4g32"], 3, 320, 64, Tile(BN=16, SPLIT=4))),
+    "residual of fp8": ("residual_matmul", lambda: test_kernels.test_residual_of_codes(
+        test_kernels.FORMS["e4m3fnuz"], 3, 320, 64, Tile(BN=16, SPLIT=4))),
+    "residual of blocks in fp8": ("residual_matmul", lambda: test_kernels.test_residual_of_codes(
+        test_kernels.FORMS["e4m3fnuz-b128"], 3, 320, 64, Tile(BN=16, SPLIT=4))),
+    "residual of fp8 by fp8": ("residual_matmul", lambda: test_fp8.test_residual(
+        test_fp8.FORMS["e4m3fnuz-a8g128"], 3, 384, 64, Tile(BN=16, SPLIT=3))),
+    "rows of any size in fp8": ("residual_matmul", lambda: test_fp8.test_rows_of_any_size(
+        test_fp8.FORMS["e4m3fnuz-a8g128"])),
+    "gate_up of fp8 by fp8": ("norm_gate_up_act", lambda: test_fp8.test_gate_up()),
     "gate_up": ("norm_gate_up_act", lambda: test_kernels.test_gate_up(
         5, 192, 100, Tile(BN=64, SPLIT=3), None, True)),
     "qkv, norms of heads": ("norm_qkv_rope_kv", lambda: test_kernels.test_qkv(

@@ -74,6 +74,11 @@ FORMS = {
         GemmFormat(8, 0, True, "graph", 0),
         GemmFormat(8, 32, False, "graph", 0),
         GemmFormat(8, 128, True, "graph", 0),
+        GemmFormat(8, 0, True, "graph", 0, "e4m3fn"),
+        GemmFormat(8, 0, True, "graph", 0, "e4m3fnuz"),
+        GemmFormat(8, 128, True, "graph", 0, "e4m3fn"),
+        GemmFormat(8, 128, True, "graph", 0, "e4m3fn", 128),
+        GemmFormat(8, 128, True, "graph", 0, "e4m3fnuz", 128),
     )
 }
 
@@ -155,6 +160,8 @@ def test_nan_and_infinity_reach_exactly_their_outputs() -> None:
         (17, 128, 70, Tile(BN=64, BK=128), FORMS["w8"], False),
         (3, 64, 64, Tile(BN=16), FORMS["w8g32z"], False),
         (3, 128, 64, Tile(BN=16), FORMS["w4z"], True),
+        (5, 192, 100, Tile(BN=64, SPLIT=3), FORMS["e4m3fn"], True),
+        (17, 256, 70, Tile(BN=32, BK=128), FORMS["e4m3fng128"], False),
     ],
 )
 def test_gate_up(
@@ -195,6 +202,9 @@ def test_a_norm_of_next_to_nothing() -> None:
         (8, 1, 128, False, 64, Tile(BN=64), None),
         (4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), FORMS["w4g32"]),
         (1, 3, 32, False, 16, Tile(BN=16, BK=128), FORMS["w4g128z"]),
+        (5, 2, 32, True, 16, Tile(BN=16, BM=32), FORMS["e4m3fng128"]),
+        (7, 1, 64, False, 48, Tile(BM=32, BN=16, SPLIT=2), FORMS["e4m3fnuz"]),
+        (8, 1, 128, False, 64, Tile(BN=64, BK=128), FORMS["e4m3fn-b128"]),
     ],
 )
 def test_qkv(
@@ -335,6 +345,7 @@ def check_attention(y: np.ndarray, want: tuple[np.ndarray, np.ndarray]) -> None:
         (Tile(BM=16, BN=32, GROUP_M=2, NUM_XCD=8), None),
         (Tile(BN=64, BK=128), FORMS["w8"]),
         (Tile(BN=32), FORMS["w4g32"]),
+        (Tile(BN=64, BK=128), FORMS["e4m3fn"]),
     ],
 )
 def test_head_and_draw(tile: Tile, form: GemmFormat | None) -> None:

@@ -10,20 +10,23 @@ from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.simulator import Part
 from sinterlm.backends.gpu.table import Axis, Table
 from sinterlm.backends.gpu.tuning import read_tiles
-from sinterlm.errors import UnsupportedModelError
+from sinterlm.errors import CheckpointError, UnsupportedModelError
 from sinterlm.ir.bf16 import from_bf16, to_bf16
 from sinterlm.ir.plan import PackedTensor, Segment
 from sinterlm.ir.quant import GemmFormat, PanelShape
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
 from sinterlm.passes.formats import Scheme
-from sinterlm.passes.packing import pack, unpack
+from sinterlm.passes.packing import coded_chunks, pack, unpack
 from sinterlm.passes.packing_codes import unpack_codes
 from sinterlm.passes.pipeline import plan
 from sinterlm.passes.quantise import quantise
-from tests.gpu.models import CONFIGS, tiny
+from tests.gpu.models import CONFIGS, fp8, tiny
+from tests.gpu.oplib import coded
 from tests.ir.graphs import config, plain_graph
 
 INT4 = Scheme(4, act="graph")
+#: As DeepSeek and Qwen publish fp8.
+BLOCKS = GemmFormat(8, 128, True, "graph", 64, "e4m3fn", 128)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -67,11 +70,13 @@ def test_shapes_without_kernels_are_refused_by_name(wrong: dict, named: str) -> 
     [
         (GemmFormat(4, 32, True, "int8", 64), "0.down.weight has int8 activations"),
         (GemmFormat(4, 16, True, "graph", 64), "0.down.weight has weights in groups of 16"),
+        (GemmFormat(8, 64, True, "graph", 64, "e4m3fn"), "fp8 weights in groups of 64"),
     ],
 )
 def test_formats_without_kernels_are_refused_by_name(form: GemmFormat, named: str) -> None:
     stored = {"0.down.weight": form}
-    made = plan(plain_graph(CONFIGS["qwen3"], "bf16"), stored=stored, order="tiles")
+    scheme = Scheme(fp8="e4m3fn")
+    made = plan(plain_graph(CONFIGS["qwen3"], "bf16"), None, scheme, stored, order="tiles")
     with pytest.raises(UnsupportedModelError, match=named):
         launch_table(made, DEVICES["gfx942"])
 
@@ -117,6 +122,41 @@ def test_every_code_is_where_the_layout_says(bits: int, group: int, symmetric: b
     assert not back.dequantise()[100:].any()
 
 
+@pytest.mark.parametrize("code", ["e4m3fn", "e4m3fnuz"])
+@pytest.mark.parametrize(("group", "rows"), [(0, 1), (128, 1), (128, 128)])
+def test_every_fp8_number_is_where_the_layout_says(code: str, group: int, rows: int) -> None:
+    """By plain arithmetic: a number's byte, and the place of its scale; padding means zero."""
+    form, n, k = GemmFormat(8, group, True, "graph", 0, code, rows), 192, 192
+    nbytes = PanelShape(form, k).nbytes
+    assert nbytes % 64 == 0
+    tensor = PackedTensor(
+        "t", "tiles", "fp8", n, k, 150, (Segment("w", 0, 140, 0),), 0, 3 * nbytes, form
+    )
+    w = np.random.default_rng(0).normal(size=(140, 150)).astype("f4")
+    want = coded(w, form)
+    (chunk,) = coded_chunks(tensor, lambda name: w, lambda name, form: want)
+    packed = chunk.reshape(-1)
+    assert packed.nbytes == tensor.nbytes
+    for column, at in [(0, 0), (139, 149), (64, 63), (65, 64), (33, 128)]:
+        panel = packed.reshape(3, -1)[column // 64]
+        assert panel[at // 64 * 4096 + column % 64 * 64 + at % 64] == want.codes[column, at]
+        scales, g = panel[64 * k :].view("f4"), at // group if group else 0
+        found = scales[g] if rows > 1 else scales[g * 64 + column % 64]
+        assert found == want.scales[column, g]
+    back = unpack_codes(tensor, packed).dequantise()
+    assert np.array_equal(back[:140, :150], want.dequantise())
+    assert not back[140:].any() and not back[:, 150:].any()
+
+
+def test_columns_of_several_blocks_in_a_panel_are_a_fault() -> None:
+    form = GemmFormat(8, 128, True, "graph", 0, "e4m3fn", 128)
+    tensor = PackedTensor("t", "tiles", "fp8", 64, 128, 128, (Segment("w", 96, 160, 0),), 0,
+                          PanelShape(form, 128).nbytes, form)  # fmt: skip
+    w = np.random.default_rng(0).normal(size=(160, 128)).astype("f4")
+    with pytest.raises(CheckpointError, match="scales of different blocks"):
+        list(coded_chunks(tensor, lambda name: w, lambda name, form: coded(w, form)))
+
+
 def test_tiles_unpack_to_what_was_packed() -> None:
     model = tiny("qwen3", "gfx942")
 
@@ -146,6 +186,12 @@ def test_an_axis_counts_units_begun() -> None:
         pytest.param("llama-tied", "gfx942", None, 1, marks=pytest.mark.slow),
         pytest.param("llama-tied", "sm_90", None, 32, marks=pytest.mark.slow),
         pytest.param("llama-tied", "sm_90", INT4, 32, marks=pytest.mark.slow),
+        ("qwen3", "gfx942", "blocks", 1),
+        pytest.param("llama-tied", "sm_90", "fp8", 32, marks=pytest.mark.slow),
+        pytest.param("qwen2-window", "gfx942", "fp8", 4, marks=pytest.mark.slow),
+        ("qwen3", "gfx942", "fp8-a8", 1),
+        pytest.param("qwen2-window", "sm_90", "fp8-a8", 4, marks=pytest.mark.slow),
+        pytest.param("qwen2-window", "sm_90", "blocks", 4, marks=pytest.mark.slow),
         pytest.param("qwen3", "sm_90", None, 4, marks=pytest.mark.slow),
         pytest.param("qwen3", "sm_90", Scheme(8, act="graph"), 4, marks=pytest.mark.slow),
         pytest.param("qwen2-window", "gfx942", None, 12, marks=pytest.mark.slow),
@@ -153,11 +199,14 @@ def test_an_axis_counts_units_begun() -> None:
     ],
 )
 def test_a_model_runs_from_its_table(
-    name: str, device: str, scheme: Scheme | None, steps: int
+    name: str, device: str, scheme: Scheme | str | None, steps: int
 ) -> None:
     """Prefill of three sequences, mixed steps, decode: logits within bf16 error of the oracle in
     bf16, and the same greedy tokens wherever the margin exceeds it."""
-    model = tiny(name, device, scheme)
+    stored = BLOCKS if scheme == "blocks" else None
+    if isinstance(scheme, str):
+        scheme = fp8(device, scheme != "blocks", "fp8" if scheme == "fp8-a8" else "graph")
+    model = tiny(name, device, scheme, stored)
     simulator = model.simulator()
     reference = Reference(model.plan.graph, model.weights, "bf16")
     exact = Reference(model.plan.graph, model.weights, "fp32")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from tests.gpu import test_fp8 as activations
 from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
 from tests.gpu.oplib import Tile
@@ -79,8 +80,18 @@ def _codes(form: str) -> Callable[[], None]:
     return lambda: kernels.test_residual_of_codes(kernels.FORMS[form], 3, 320, 64, tile)
 
 
-def _embed_codes() -> None:
-    kernels.test_embed_of_codes(kernels.FORMS["w4g32"])
+def _embed_codes(form: str = "w4g32") -> None:
+    kernels.test_embed_of_codes(kernels.FORMS[form])
+
+
+def _numbers(form: str) -> Callable[[], None]:
+    tile = Tile(BM=32, BN=64, NUM_XCD=3)
+    return lambda: kernels.test_residual_of_codes(kernels.FORMS[form], 37, 256, 128, tile)
+
+
+def _rounded(form: str) -> Callable[[], None]:
+    tile = Tile(BM=32, BN=64, NUM_XCD=3)
+    return lambda: activations.test_residual(activations.FORMS[form], 37, 256, 128, tile)
 
 
 MUTANTS = [
@@ -145,6 +156,28 @@ MUTANTS = [
            _codes("w4g64")),
     Mutant("row's nibbles swapped", "codes.py", "n % 64 // 32 * 4", "4 - n % 64 // 32 * 4",
            _embed_codes),
+    Mutant("scale of the first group", "fp8.py", "start // W_GROUP * step", "0 * step",
+           _numbers("e4m3fn-b128")),
+    Mutant("scale of the panel's first column", "fp8.py", "W_SHARED else at + n % 64",
+           "W_SHARED else at", _numbers("e4m3fng128")),
+    Mutant("next panel's numbers left out", "fp8.py", "(k // 64) * 4096", "0 * 4096",
+           _numbers("e4m3fn")),
+    Mutant("numbers of other devices", "fp8.py",
+           'tl.float8e4b8 if FP8 == "e4m3fnuz" else tl.float8e4nv', "tl.float8e4nv",
+           _numbers("e4m3fnuz")),
+    Mutant("up's scale of gate", "fp8.py", "y, scale1, start", "y, scale0, start",
+           lambda: activations.test_gate_up()),
+    Mutant("columns' scale left out", "fp8.py", "acc *= tl.load(scale)[None, :]", "acc *= 1.0",
+           _numbers("e4m3fn")),
+    Mutant("activations' scale left out", "fp8.py", "+= tl.dot(x, w) * step[:, None]",
+           "+= tl.dot(x, w)", _rounded("e4m3fn-a8g64")),
+    Mutant("activations larger than fp8 is", "fp8.py",
+           'LARGEST_FNUZ if FP8 == "e4m3fnuz" else LARGEST_FN', "LARGEST_FN",
+           _rounded("e4m3fnuz-a8g128")),
+    Mutant("next to nothing is rounded", "fp8.py", "top < SMALLEST", "top < 0.0",
+           lambda: activations.test_rows_of_any_size(activations.FORMS["e4m3fn-a8g64"])),
+    Mutant("row's scale of the neighbour group", "fp8.py", "n // W_GROUP * step",
+           "n // 64 * step", lambda: _embed_codes("e4m3fng128")),
 ]  # fmt: skip
 
 
@@ -172,7 +205,7 @@ def test_every_mutant_is_noticed(
 
     monkeypatch.setattr(interpreter, "import_module", load)
     try:
-        with pytest.raises((AssertionError, IndexError)):
+        with pytest.raises((AssertionError, IndexError, ArithmeticError)):
             mutant.check()
     finally:
         for name in [n for n in sys.modules if n.startswith(package)]:

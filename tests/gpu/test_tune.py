@@ -27,6 +27,7 @@ from sinterlm.backends.gpu.tuning import (
     tuned_path,
 )
 from sinterlm.errors import ResourceError, UsageError
+from sinterlm.ir.quant import ActDType
 from sinterlm.options import CompileOptions
 from sinterlm.passes.formats import Scheme
 from sinterlm.tune import session
@@ -36,7 +37,7 @@ from sinterlm.tune.journal import Journal, Result
 from sinterlm.tune.search import Search, Tuner, key_of
 from sinterlm.tune.tasks import ROTATED_BYTES, nothing
 from sinterlm.tune.timer import TrialFailed, WorkerTimer
-from tests.gpu.models import tiny
+from tests.gpu.models import fp8, tiny
 from tests.gpu.tuned import ScriptedTimer, no_code, tasks
 
 
@@ -66,6 +67,17 @@ def test_every_gemm_has_a_task_per_number_of_rows(device: str, scheme: Scheme | 
         assert task.rows == {16: (1, 16), 64: (64,), 0: (100,)}[task.max_rows]
         assert task.matrix.name.rpartition(".")[2] in ("qkv", "o", "gate_up", "down", "lm_head")
         assert Search(task, 1).next(9)[0][1].constants == task.start.constants
+
+
+@pytest.mark.parametrize(("act", "stored"), [("graph", "fp8"), ("fp8", "fp8-a8")])
+def test_fp8_has_entries_of_its_own(act: ActDType, stored: str) -> None:
+    found = tasks("gfx942", model="qwen2-window", scheme=fp8("gfx942", act=act))
+    assert {t.stored for t in found} == {stored, "codes"}
+    for task in found:
+        (_, first), *others = Search(task, 9).next(9)
+        assert first.constants == task.start.constants
+        if task.stored == "fp8-a8":
+            assert {k.constants["BK"] for _, k in others} <= {first.constants["BK"]}
 
 
 def test_what_is_timed_is_what_would_be_compiled() -> None:

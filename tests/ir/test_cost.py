@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from sinterlm.artifact.manifest import OpCost
 from sinterlm.ir.cost import op_cost, plan_costs
+from sinterlm.ir.quant import GemmFormat
+from sinterlm.passes.formats import Scheme
 from sinterlm.passes.pipeline import plan
 from tests.ir.graphs import config, plain_graph
 
@@ -46,6 +48,20 @@ def test_codes_of_kv_and_their_scales_are_what_is_read() -> None:
          "attention": replace(attention, layer=c.layer)}.get(c.name, c)
         for c in wide
     )  # fmt: skip
+
+
+def test_scales_of_blocks_are_counted_once_for_each() -> None:
+    graph = plain_graph(config(hidden=192, heads=3, kv_heads=1, head_dim=64, ffn=320, layers=1))
+    form = GemmFormat(8, 128, True, "graph", 64, "e4m3fn", 128)
+    stored = {n: form for n, w in graph.weights.items() if n[0].isdigit() and len(w.shape) == 2}
+    costs = plan_costs(plan(graph, None, Scheme(fp8="e4m3fn"), stored, order="tiles"))
+    down = next(c for c in costs if c.name == "down_residual")
+    norm = 192 * 4
+    assert down.weight_bytes == 192 * 320 + 2 * 3 * 4 + norm
+    channels = Scheme(8, is_fp8=True, fp8="e4m3fn")
+    costs = plan_costs(plan(graph, None, channels, order="tiles"))
+    down = next(c for c in costs if c.name == "down_residual")
+    assert down.weight_bytes == 192 * (320 + 4) + norm
 
 
 def test_plain_ops_cost_what_their_fusion_costs() -> None:

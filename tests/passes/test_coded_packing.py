@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinterlm.errors import CheckpointError
+from sinterlm.errors import CheckpointError, UnsupportedModelError
 from sinterlm.frontend.dummy import DummyCheckpoint
 from sinterlm.ir.graph import DecoderConfig
 from sinterlm.ir.plan import PackedTensor, Segment
@@ -81,6 +81,45 @@ class TestFormats:
         made = plan(plain_graph(config(), "bf16"), scheme=scheme, stored=stored)
         down = made.layout.find("layers.0.down")
         assert down is not None and down.format is not None and down.format.name == expected
+
+    @pytest.mark.parametrize(
+        ("scheme", "expected"),
+        [
+            (Scheme(fp8="e4m3fn"), "e4m3fn-b128-a8g64"),
+            (Scheme(act="graph", fp8="e4m3fnuz"), "e4m3fnuz-b128"),
+            (Scheme(act="fp8", fp8="e4m3fn"), "e4m3fn-b128-a8g64"),
+            (Scheme(8, act="graph", is_fp8=True, fp8="e4m3fn"), "e4m3fn-b128"),
+            (Scheme(8, act="graph"), "w8g128"),
+            (Scheme(4, act="graph", fp8="e4m3fn"), "w4g32"),
+        ],
+    )
+    def test_fp8_of_the_checkpoint_is_kept_unless_other_codes_are_asked_for(
+        self, scheme: Scheme, expected: str
+    ) -> None:
+        stored = {"0.down.weight": GemmFormat(8, 128, True, "fp8", 64, "e4m3fn", 128)}
+        made = plan(plain_graph(config(ffn=192), "bf16"), scheme=scheme, stored=stored)
+        assert made.graph.formats["0.down.weight"].name == expected
+
+    def test_fp8_beside_floats_is_refused_unless_other_codes_are_asked_for(self) -> None:
+        graph = plain_graph(config(), "bf16")
+        stored = {"0.k.weight": GemmFormat(8, 0, True, "graph", 64, "e4m3fn")}
+        with pytest.raises(UnsupportedModelError, match=r"0\.k\.weight.*0\.q\.weight.*--quant"):
+            plan(graph, None, Scheme(act="graph", fp8="e4m3fn"), stored)
+        scheme = Scheme(8, act="graph", is_fp8=True, fp8="e4m3fn")
+        assert plan(graph, None, scheme, stored).graph.formats["0.q.weight"].name == "e4m3fn"
+
+    def test_fp8_of_floats_leaves_the_ends_as_whole_numbers(self) -> None:
+        scheme = Scheme(8, act="fp8", is_fp8=True, fp8="e4m3fnuz")
+        made = plan(plain_graph(config(hidden=256, ffn=320), "bf16"), scheme=scheme)
+        names = {n: f.name for n, f in made.graph.formats.items() if n[:2] in ("0.", "em", "he")}
+        assert names["embed"] == "w8"
+        assert names["0.q.weight"] == "e4m3fnuz-a8g128"
+        assert names["0.down.weight"] == "e4m3fnuz-a8g64"
+        tensor = made.layout.find("layers.0.down")
+        assert tensor is not None and tensor.dtype == "fp8"
+        stored = {"0.down.weight": GemmFormat(4, 128, False, "graph", 64)}
+        kept = plan(plain_graph(config(), "bf16"), None, Scheme(act="fp8", fp8="e4m3fn"), stored)
+        assert kept.graph.formats["0.down.weight"].name == "w4g128z"
 
     def test_one_gemm_takes_one_format(self) -> None:
         stored = {"0.k.weight": GemmFormat(4, 32, True, "int8", 64)}

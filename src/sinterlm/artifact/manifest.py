@@ -83,7 +83,7 @@ class Manifest:
     target: str  #: "cpu", or a GPU such as "gfx942"
     isa: str
     dtype: str  #: "bf16" | "fp32"
-    quantization: str | None  #: of most weights: "int8" or "int4" and its format; None = dtype
+    quantization: str | None  #: of most weights: "int8", "int4" or "fp8" and its format
     kv_cache_dtype: str  #: what KV pages hold: dtype, or "int8"
     model: str  #: what the user called it
     code_key: str

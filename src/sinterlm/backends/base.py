@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sinterlm.artifact.memo import Memo
+from sinterlm.ir.fp8 import Fp8Name
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
 
@@ -51,6 +52,11 @@ class Backend(Protocol):
     @property
     def inputs_sha256(self) -> str:
         """Hex SHA-256 of what ``emit`` reads beside the plan and our own files; "" = nothing."""
+        ...
+
+    @property
+    def fp8(self) -> Fp8Name | None:
+        """How the target writes fp8 numbers; None = it has no kernels for them."""
         ...
 
     def resolve_isa(self, isa: str | None) -> str:

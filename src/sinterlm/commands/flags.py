@@ -25,10 +25,11 @@ NO_FLAG = ("model", "tensor_parallel_size", "tensor_parallel_rank")
 #: Field name -> help. The unit is in the text; the default is appended.
 HELP: dict[str, str] = {
     "dtype": "precision of weights and KV cache; sums and the residual stream are always fp32",
-    "quantization": "store matrices as 8 or 4 bit integers (default: in dtype)",
+    "quantization": "store matrices as 8 or 4 bit integers, or on a GPU as fp8 (default: in dtype)",
     "quant_group": "weights that share a scale: 0 (an output channel), 32, 64 or 128 (default: "
-    "128 for int8, 32 for int4)",
-    "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only (default: int8)",
+    "128 for int8, 32 for int4; fp8 has 0)",
+    "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only, fp8 goes with fp8 "
+    "weights on a GPU (default: int8, on a GPU bf16)",
     "kv_cache_dtype": "what the KV cache holds; int8 = codes with a scale per token and KV head, "
     "about half of bf16's memory (auto = as dtype)",
     "target": "what to compile for",

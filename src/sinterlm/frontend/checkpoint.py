@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -77,9 +77,7 @@ class Checkpoint(ABC):
     def keeps(self, name: str, form: GemmFormat) -> bool:
         """Whether a matrix is stored in the codes of ``form``, whatever stands beside them."""
         stored = self.stored_formats.get(name)
-        return stored is not None and stored == replace(
-            form, act=stored.act, act_group=stored.act_group
-        )
+        return stored is not None and form.holds_weights_of(stored)
 
     def read_coded(self, name: str, form: GemmFormat) -> CodedMatrix | None:
         """The codes of a matrix in ``form``, or None where it has to be quantised from floats."""

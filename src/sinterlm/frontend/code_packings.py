@@ -13,20 +13,26 @@ import numpy as np
 
 from sinterlm.frontend.codes import F32, Bytes, fields_along_rows, fields_of
 from sinterlm.frontend.numeric import Array
+from sinterlm.ir.quant import CodeName
 
 Bits = Literal[8, 4]
 Shapes = dict[str, tuple[int, ...]]
 
+#: Rows, and columns, that share a scale where fp8 numbers have scales of blocks.
+FP8_BLOCK = 128
+
 
 class Packing(ABC):
-    """Parts are called codes, scales, zeros, index and shape; a name of "" means there is none."""
+    """Parts are called codes, scales, zeros, index, shape and act_scale; "" means there is none."""
 
     codes: str
     scales: str
     zeros: str
     index = ""
     shape = ""
+    act_scale = ""  #: of activations, which no kernel of ours takes from a checkpoint
     code_dtype = "int32"
+    code: CodeName = "int"
 
     @abstractmethod
     def size(self, stored: tuple[int, int], bits: Bits) -> tuple[int, int]:
@@ -44,8 +50,8 @@ class Packing(ABC):
     def read_zeros(self, stored: Array, bits: Bits) -> Bytes:
         """[N, G], as stored; perhaps with rows of padding below."""
 
-    def read_scales(self, stored: F32) -> F32:
-        """[N, G]."""
+    def read_scales(self, stored: F32, rows: int) -> F32:
+        """[N, G] of a matrix of ``rows`` rows."""
         return stored
 
 
@@ -74,7 +80,7 @@ class Gptq(Packing):
         """See Packing."""
         return np.ascontiguousarray(fields_of(stored, bits).T)
 
-    def read_scales(self, stored: F32) -> F32:
+    def read_scales(self, stored: F32, rows: int) -> F32:
         """See Packing."""
         return np.ascontiguousarray(stored.T)
 
@@ -156,9 +162,49 @@ class PackQuantized(Packing):
         return np.ascontiguousarray(fields_along_rows(stored, bits).T)
 
 
+class Fp8(Packing):
+    """One e4m3fn number per weight; a scale for all of a matrix (``scale_rows`` 0), for each row,
+    or for each block of so many rows and columns."""
+
+    codes, zeros = "weight", ""
+    act_scale = "input_scale"
+    code_dtype = "e4m3fn"
+    code: CodeName = "e4m3fn"
+
+    def __init__(self, scale_rows: int, scales: str = "weight_scale") -> None:
+        self.scale_rows, self.scales = scale_rows, scales
+
+    def size(self, stored: tuple[int, int], bits: Bits) -> tuple[int, int]:
+        """See Packing."""
+        return stored
+
+    def stored_shapes(self, rows: int, depth: int, groups: int, bits: Bits) -> Shapes:
+        """See Packing."""
+        size = self.scale_rows
+        return {"codes": (rows, depth), "scales": (-(-rows // size), groups) if size else ()}
+
+    def read_codes(self, stored: Array, bits: Bits) -> Bytes:
+        """See Packing."""
+        return stored
+
+    def read_zeros(self, stored: Array, bits: Bits) -> Bytes:
+        """There are none."""
+        raise AssertionError("fp8 numbers have no zeros")
+
+    def read_scales(self, stored: F32, rows: int) -> F32:
+        """See Packing."""
+        if not self.scale_rows:
+            return np.full((rows, 1), stored.reshape(()), np.float32)
+        return np.repeat(stored, self.scale_rows, axis=0)[:rows]
+
+
 PACKINGS: dict[str, Packing] = {
     "gptq": Gptq(),
     "awq": Awq(),
     "int-quantized": IntQuantized(),
     "pack-quantized": PackQuantized(),
+    "fp8-tensor": Fp8(0),
+    "fp8-channel": Fp8(1),
+    "fp8-block": Fp8(FP8_BLOCK),
+    "fp8-block-inv": Fp8(FP8_BLOCK, "weight_scale_inv"),
 }

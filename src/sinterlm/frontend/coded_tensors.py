@@ -1,4 +1,5 @@
 """Matrices that safetensors hold in parts (codes, scales, zeros, an index): found, checked, read.
+A scale of activations beside them is checked and left unread: activations have finer ones, or none.
 
 Each becomes one tensor under the name that its floats would have. Refuses parts that are missing
 or of another shape or dtype, an index that leaves the groups, and zeros where the config says that
@@ -7,6 +8,7 @@ there are none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ KEPT_GROUPS = (32, 64, 128)
 #: than it asks for.
 ACT_GROUP = 64
 
-_KINDS = ("codes", "scales", "zeros", "index", "shape")
+_KINDS = ("codes", "scales", "zeros", "index", "shape", "act_scale")
 Raw = Callable[[StoredTensor], Array]  #: a part's elements in its shape, as stored
 
 
@@ -38,7 +40,7 @@ class CodedTensor:
 
     info: TensorInfo  #: shape [N, K]; dtype is the config's name, nbytes those of all parts
     config: QuantConfig
-    parts: dict[str, StoredTensor]  #: by kind: codes, scales, zeros, index, shape
+    parts: dict[str, StoredTensor]  #: by kind: codes, scales, zeros, index, shape, act_scale
 
     @property
     def group(self) -> int:
@@ -48,7 +50,7 @@ class CodedTensor:
     @property
     def num_groups(self) -> int:
         """Scales of a row."""
-        return self.info.shape[1] // self.group if self.group else 1
+        return -(-self.info.shape[1] // self.group) if self.group else 1
 
     def format(self, raw: Raw) -> GemmFormat | None:
         """The format in which a GEMM reads the codes as they are; None where none can: groups of a
@@ -60,7 +62,11 @@ class CodedTensor:
             group = KEPT_GROUPS[-1]
         if self._index(raw) is not None:
             return None
-        return GemmFormat(config.bits, group, config.symmetric, config.act, ACT_GROUP)
+        code = PACKINGS[config.packing].code
+        rows = config.group if code != "int" and group else 1
+        return GemmFormat(
+            config.bits, group, config.symmetric, config.act, ACT_GROUP, code=code, rows=rows
+        )
 
     def read(self, name: str, raw: Raw) -> GroupedCodes:
         """The codes. Raises CheckpointError for damage that only contents show."""
@@ -70,11 +76,14 @@ class CodedTensor:
         scales = self.parts["scales"]
         return GroupedCodes(
             codes=packing.read_codes(raw(self.parts["codes"]), config.bits),
-            scales=packing.read_scales(convert(raw(scales), scales.info.dtype, "fp32")),
+            scales=packing.read_scales(
+                convert(raw(scales), scales.info.dtype, "fp32"), self.info.shape[0]
+            ),
             zeros=self._zeros(name, raw),
             bits=config.bits,
             group=self.group,
             index=self._index(raw),
+            code=packing.code,
         )
 
     def _zeros(self, name: str, raw: Raw) -> Array | None:
@@ -120,7 +129,8 @@ def fold_coded(
     for name, tensor in stored.items():
         path, _, last = name.rpartition(".")
         if last == packing.codes and tensor.info.dtype not in STORAGE:
-            names = {kind: f"{path}.{getattr(packing, kind)}" for kind in _KINDS}
+            named = {kind: getattr(packing, kind) for kind in _KINDS}
+            names = {kind: f"{path}.{part}" for kind, part in named.items() if part}
             parts = {kind: plain.pop(part) for kind, part in names.items() if part in plain}
             coded[f"{path}.weight"] = _checked(parts, names, config)
     return plain, coded
@@ -135,18 +145,19 @@ def _checked(
         raise CheckpointError(f"tensor {show(names['codes'])} has shape {list(codes.shape)}")
     rows, depth = packing.size((codes.shape[0], codes.shape[1]), config.bits)
     group = config.group if 0 < config.group < depth else depth
-    if depth % group:
+    if depth % group and packing.code == "int":
         raise CheckpointError(
             f"tensor {show(names['codes'])}: its {depth} weights per row are no multiple of the "
             f"group size {group} in quantization_config"
         )
-    shapes = packing.stored_shapes(rows, depth, depth // group, config.bits)
+    shapes = packing.stored_shapes(rows, depth, -(-depth // group), config.bits)
     wanted = {
         "codes": (shapes["codes"], (packing.code_dtype,)),
         "scales": (shapes["scales"], tuple(STORAGE)),
-        "zeros": (shapes["zeros"], (packing.code_dtype,)),
+        "zeros": (shapes.get("zeros", ()), (packing.code_dtype,)),
         "index": ((depth,), ("int32",)),
         "shape": ((2,), ("int64", "int32")),
+        "act_scale": ((), tuple(STORAGE)),
     }
     needed = {"scales"} | ({"shape"} if packing.shape else set())
     needed |= set() if config.symmetric else {"zeros"}
@@ -166,7 +177,8 @@ def _checked(
 def _check_part(
     name: str, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> None:
-    if info.shape != shape or info.dtype not in dtypes:
+    is_number = not shape and math.prod(info.shape) == 1  # of any number of axes
+    if (info.shape != shape and not is_number) or info.dtype not in dtypes:
         raise CheckpointError(
             f"tensor {show(name)} is {info.dtype}{list(info.shape)}, expected "
             f"{' or '.join(dtypes)}{list(shape)} by quantization_config"

@@ -1,7 +1,8 @@
 """Weight matrices as quantised checkpoints hold them: codes, a scale per group, a zero per group.
 
 ``w[n, k] = scale[n, g] * (code[n, k] - zero[n, g])``, where g is k // group, or what the
-checkpoint's own index says. How they are packed is known in ``code_packings``.
+checkpoint's own index says; for fp8 numbers, which have no zeros, ``scale * value``. How they are
+packed is known in ``code_packings``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sinterlm.ir.quant import CodedMatrix
+from sinterlm.ir.fp8 import from_fp8
+from sinterlm.ir.quant import CodedMatrix, CodeName
 
 Bytes = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -31,6 +33,7 @@ class GroupedCodes:
     bits: Literal[8, 4]
     group: int  #: weights along k that share a scale; 0 = all of k
     index: NDArray[np.int32] | None = None  #: [K], the group of each k; None = k // group
+    code: CodeName = "int"
 
     def floats(self) -> F32:
         """The weights [N, K] in fp32: one rounding where scales have more than 16 bits."""
@@ -40,6 +43,10 @@ class GroupedCodes:
         centre = np.float32(1 << (self.bits - 1))
         for first in range(0, len(out), _ROWS):
             rows = slice(first, first + _ROWS)
+            if self.code != "int":
+                values = from_fp8(self.codes[rows], self.code)
+                np.multiply(values, self.scales[rows][:, index], out=out[rows])
+                continue
             zeros = centre if self.zeros is None else self.zeros[rows].astype(np.float32)[:, index]
             np.subtract(self.codes[rows], zeros, out=out[rows])
             out[rows] *= self.scales[rows][:, index]
@@ -58,6 +65,7 @@ class GroupedCodes:
             offsets=None if offsets is None else np.repeat(offsets, times, axis=1),
             bits=self.bits,
             group=group,
+            code=self.code,
         )
 
 

@@ -20,6 +20,7 @@ from sinterlm.artifact.text import TextAssets
 from sinterlm.frontend.checkpoint import DIGEST_CHUNK, Checkpoint, TensorInfo
 from sinterlm.frontend.decoder import build_graph
 from sinterlm.frontend.numeric import Array, ReadDType, bf16_to_fp32, fp32_to_bf16
+from sinterlm.ir.fp8 import FP8_MAX, to_fp8
 from sinterlm.ir.graph import DecoderConfig
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
@@ -72,9 +73,14 @@ class DummyCheckpoint(Checkpoint):
         rows, depth = self._info(name).shape
         codes = np.empty(rows * depth, np.uint8)
         centre = 1 << (form.bits - 1)
-        step = np.float32(np.float16(STD * 3 / centre))
         normal = self._quantiles[128::256]
-        table = np.clip(np.rint(normal * STD / step) + centre, 0, 2 * centre - 1).astype(np.uint8)
+        if form.code != "int":
+            step = np.float32(STD * 4 / FP8_MAX[form.code])
+            table = to_fp8((normal * (STD / step)).astype(np.float32), form.code)
+        else:
+            step = np.float32(np.float16(STD * 3 / centre))
+            table = np.rint(normal * STD / step) + centre
+            table = np.clip(table, 0, 2 * centre - 1).astype(np.uint8)
         at = 0
         for words in self._random_bits(f"{name}\0codes", -(-codes.size // 2)):
             drawn = table[words.view(np.uint8)][: codes.size - at]
@@ -82,7 +88,9 @@ class DummyCheckpoint(Checkpoint):
             at += drawn.size
         scales = np.full((rows, -(-depth // (form.group or depth))), step, np.float32)
         offsets = None if form.symmetric else -scales * np.float32(centre)
-        return CodedMatrix(codes.reshape(rows, depth), scales, offsets, form.bits, form.group)
+        return CodedMatrix(
+            codes.reshape(rows, depth), scales, offsets, form.bits, form.group, form.code
+        )
 
     def digest(self, progress: object = None) -> str:
         """Hex SHA-256 of what decides every value: generator, seed, dtype, names and shapes."""

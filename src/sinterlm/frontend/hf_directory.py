@@ -95,7 +95,8 @@ class SafetensorsCheckpoint(Checkpoint):
         """See Checkpoint.read_coded."""
         if not self.keeps(name, form):
             return None
-        return self._coded[name].read(name, self._elements).coded(form.group)
+        found = self._coded[name].read(name, self._elements).coded(form.group)
+        return found.written_as(form.code)
 
     def close(self) -> None:
         """Drop the file maps."""

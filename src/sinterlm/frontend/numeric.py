@@ -24,8 +24,10 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype("<f4"),
 }
 
-#: The same for what codes and their indices are stored in, which is never read as floats.
+#: The same for what codes and their indices are stored in, which is never read as floats; fp8
+#: numbers are codes too, since they mean nothing without a scale.
 INTEGERS: dict[str, np.dtype[Any]] = {
+    "e4m3fn": np.dtype("u1"),
     "int8": np.dtype("<i1"),
     "int32": np.dtype("<i4"),
     "int64": np.dtype("<i8"),

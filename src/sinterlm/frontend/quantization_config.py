@@ -1,7 +1,8 @@
-"""``quantization_config`` of a ``config.json``, by typed reads: GPTQ, AWQ and compressed-tensors.
+"""``quantization_config`` of a ``config.json``, by typed reads: GPTQ, AWQ, compressed-tensors, fp8.
 
-Keys that only tell how the codes were found are not read. Refuses by name what would change the
-meaning of the codes or of the activations beside them.
+Keys that only tell how the codes were found, or which matrices have none, are not read, and of fp8
+neither how activations are to be rounded, which is as wide or as narrow as is asked for. Refuses by
+name what would change the meaning of the codes or of the activations beside them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sinterlm.errors import UnsupportedModelError
+from sinterlm.frontend.code_packings import FP8_BLOCK
 from sinterlm.frontend.fields import MAX_INT, Fields, show
 from sinterlm.ir.quant import ActDType
 
-Packing = Literal["gptq", "awq", "int-quantized", "pack-quantized"]
+Packing = Literal[
+    "gptq", "awq", "int-quantized", "pack-quantized", "fp8-tensor", "fp8-channel", "fp8-block",
+    "fp8-block-inv",
+]  # fmt: skip
 
 _SUPPORTED = (
-    "gptq (4 or 8 bits), awq (gemm), compressed-tensors (int-quantized, pack-quantized), "
-    "unquantised bf16, fp16 and fp32 safetensors, or a GGUF file"
+    "gptq (4 or 8 bits), awq (gemm), compressed-tensors (int-quantized, pack-quantized, "
+    "float-quantized), fp8 (e4m3), fbgemm_fp8, unquantised bf16, fp16 and fp32 safetensors, or a "
+    "GGUF file"
 )
 
 
@@ -35,7 +41,9 @@ class QuantConfig:
 
     @property
     def name(self) -> str:
-        """For people and digests: ``gptq-int4``, ``compressed-tensors-int8``."""
+        """For people and digests: ``gptq-int4``, ``compressed-tensors-int8``, ``fp8``."""
+        if self.packing.startswith("fp8"):
+            return "fp8"
         method = self.packing if self.packing in ("gptq", "awq") else "compressed-tensors"
         return f"{method}-int{self.bits}"
 
@@ -51,7 +59,10 @@ def read_quantization(fields: Fields) -> QuantConfig | None:
             f"{fields.what}: quantization_config is empty; supported: none at all, or {_SUPPORTED}"
         )
     method = found.text("quant_method", "unnamed")
-    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    readers = {
+        "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8,
+        "fbgemm_fp8": _fbgemm,
+    }  # fmt: skip
     if method not in readers:
         raise UnsupportedModelError(
             f"{found.what}: quant_method {show(method)} is not supported; supported: {_SUPPORTED}"
@@ -85,6 +96,29 @@ def _awq(fields: Fields) -> QuantConfig:
     return QuantConfig("awq", 4, _group(fields, key), symmetric=False, act="graph")
 
 
+def _fp8(fields: Fields) -> QuantConfig:
+    """As DeepSeek and Qwen publish it (blocks of weights), or with one scale for a matrix."""
+    _only(fields, "fmt", fields.text("fmt", "e4m3"), ("e4m3",))
+    if fields.data.get("weight_block_size") is None:
+        return _fp8_scaled("fp8-tensor")
+    _only_blocks(fields, "weight_block_size")
+    return _fp8_scaled("fp8-block-inv")
+
+
+def _fbgemm(fields: Fields) -> QuantConfig:
+    return _fp8_scaled("fp8-channel")
+
+
+def _fp8_scaled(packing: Packing) -> QuantConfig:
+    group = FP8_BLOCK if packing.startswith("fp8-block") else 0
+    return QuantConfig(packing, 8, group, symmetric=True, act="graph")
+
+
+def _only_blocks(fields: Fields, key: str) -> None:
+    """Raises UnsupportedModelError unless ``key`` is the size of the blocks that we read."""
+    _only(fields, key, fields.data.get(key), ([FP8_BLOCK, FP8_BLOCK],))
+
+
 def _compressed_tensors(fields: Fields) -> QuantConfig:
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         _only(fields, key, fields.data.get(key), (None, {}))
@@ -101,10 +135,12 @@ def _compressed_tensors(fields: Fields) -> QuantConfig:
     if group is None or weights is None:
         raise groups.error("weights", None, "an object")
     packing = group.text("format", fields.text("format"))
-    _only(fields, "format", packing, ("int-quantized", "pack-quantized"))
+    _only(fields, "format", packing, ("int-quantized", "pack-quantized", "float-quantized"))
     _only(group, "output_activations", group.data.get("output_activations"), (None, {}))
-    _only(weights, "type", weights.text("type", "int"), ("int",))
     _only(weights, "dynamic", weights.data.get("dynamic"), (None, False))
+    if packing == "float-quantized":
+        return _float_quantized(weights)
+    _only(weights, "type", weights.text("type", "int"), ("int",))
     strategy = weights.text("strategy", "tensor" if weights.absent("group_size") else "group")
     _only(weights, "strategy", strategy, ("tensor", "channel", "group"))
     bits = _bits(weights, weights.integer("num_bits", 8, high=MAX_INT))
@@ -118,6 +154,19 @@ def _compressed_tensors(fields: Fields) -> QuantConfig:
         act=_activations(group),
         reorders=weights.data.get("actorder") in ("group", True),
     )
+
+
+def _float_quantized(weights: Fields) -> QuantConfig:
+    """fp8 weights of compressed-tensors."""
+    _only(weights, "type", weights.text("type"), ("float",))
+    _only(weights, "num_bits", weights.integer("num_bits", 8, high=MAX_INT), (8,))
+    _only(weights, "symmetric", weights.boolean("symmetric", True), (True,))
+    strategy = weights.text("strategy", "tensor")
+    _only(weights, "strategy", strategy, ("tensor", "channel", "block"))
+    if strategy == "block":
+        _only_blocks(weights, "block_structure")
+        return _fp8_scaled("fp8-block")
+    return _fp8_scaled("fp8-channel" if strategy == "channel" else "fp8-tensor")
 
 
 def _activations(group: Fields) -> ActDType:

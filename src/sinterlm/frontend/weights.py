@@ -26,9 +26,9 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
 MAX_DIM = 1 << 40
 
-#: Floats are weights; integers are parts of a matrix in codes, which ``coded_tensors`` reads.
+#: Floats are weights; the rest are parts of a matrix in codes, which ``coded_tensors`` reads.
 _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_DTYPES = _FLOATS | {"I8": "int8", "I32": "int32", "I64": "int64"}
+_DTYPES = _FLOATS | {"F8_E4M3": "e4m3fn", "I8": "int8", "I32": "int32", "I64": "int64"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SIZES = {name: kind.itemsize for name, kind in (STORAGE | INTEGERS).items()}
 _INDEX = "model.safetensors.index.json"
@@ -105,7 +105,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int]:
 
 
 def check_floats(tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises UnsupportedModelError for integers that are no part of a matrix in codes."""
+    """Raises UnsupportedModelError for integers and fp8 that are no part of a matrix in codes."""
     for name, tensor in tensors.items():
         if tensor.info.dtype in INTEGERS:
             raise UnsupportedModelError(

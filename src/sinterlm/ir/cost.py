@@ -72,6 +72,10 @@ def _weight_bytes(graph: Graph, weight: str) -> int:
     """Matrices are packed in the graph's dtype or in codes, vectors in fp32."""
     shape = graph.weights[weight].shape
     if _is_matrix(graph, weight):
+        form = graph.formats.get(weight)
+        if form is not None and form.rows > 1:  # a row's share of a block's scale is no whole byte
+            blocks = -(-shape[0] // form.rows) * -(-shape[1] // form.group)
+            return shape[0] * shape[1] * form.bits // 8 + blocks * form.scale_bytes
         return shape[0] * _row_bytes(graph, weight)
     return shape[0] * FP32_BYTES
 
@@ -83,5 +87,5 @@ def _row_bytes(graph: Graph, matrix: str) -> int:
     if form is None:
         return depth * operand_bytes(graph)
     groups = -(-depth // form.group) if form.group else 1
-    per_group = (2 if form.group else FP32_BYTES) + (0 if form.symmetric else FP32_BYTES)
+    per_group = form.scale_bytes + (0 if form.symmetric else FP32_BYTES)
     return -(-depth * form.bits // 8) + groups * per_group

@@ -11,7 +11,7 @@ writes them down. Packed layouts:
   ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
 * ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side, in bf16; or in
-  codes, as ``backends/gpu/kernels/codes.py`` describes them.
+  codes, as ``backends/gpu/kernels/codes.py`` and ``fp8.py`` beside it describe them.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -44,7 +44,8 @@ class PackedTensor:
 
     name: str  #: "embed", "lm_head", "final_norm", "layers.3.qkv", "layers.3.qkv_bias", …
     kind: Literal["panels", "tiles", "rows", "vector"]
-    dtype: Literal["bf16", "fp32", "int8", "int4"]  #: the last two: in codes, see ``format``
+    #: The last three: in codes, see ``format``.
+    dtype: Literal["bf16", "fp32", "int8", "int4", "fp8"]
     n: int  #: columns (rows of an embedding table), padded
     k: int  #: padded depth; 1 for a vector
     k_real: int  #: depth in the checkpoint

@@ -24,7 +24,7 @@ from sinterlm.ir.bf16 import from_bf16, round_bf16
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference_attention import RefCache
-from sinterlm.ir.reference_codes import code_rows, coded_heads
+from sinterlm.ir.reference_codes import code_rows, coded_heads, fp8_rows
 from sinterlm.ir.reference_ops import Context, RefBatch, evaluate
 
 Array = NDArray[Any]
@@ -89,6 +89,8 @@ class Reference:
         form = self._operands.get(name)
         if form is None or form.act == "graph":
             return self._narrow(values)
+        if form.act == "fp8":
+            return fp8_rows(values, form).astype(self._dtype)
         coded = code_rows(values, form).dequantise()
         return coded[:, : values.shape[1]].astype(self._dtype)
 

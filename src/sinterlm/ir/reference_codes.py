@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinterlm.ir.bf16 import Instruction, fma, from_bf16, gemm_exact, to_bf16
+from sinterlm.ir.bf16 import Instruction, fma, from_bf16, gemm_exact, round_bf16, to_bf16
+from sinterlm.ir.fp8 import FP8_MAX, from_fp8, to_fp8
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 F32 = NDArray[np.float32]
@@ -62,6 +63,22 @@ def code_rows(values: NDArray[Any], form: GemmFormat) -> CodedRows:
     wide = np.pad(np.asarray(values, np.float32), ((0, 0), (0, -values.shape[1] % form.act_group)))
     codes, scales = code_groups(wide.reshape(len(wide), -1, form.act_group))
     return CodedRows(codes.reshape(wide.shape), scales, form)
+
+
+def fp8_rows(values: NDArray[Any], form: GemmFormat) -> F32:
+    """``values`` [T, K], bf16 or about to be rounded to it, as the numbers that they stand for once
+    they are fp8 with a scale for each row and ``act_group`` of k: amax over the largest fp8 number.
+    A group that holds NaN or infinity is NaN."""
+    assert form.code != "int"
+    size, largest = form.act_group, np.float32(FP8_MAX[form.code])
+    wide = round_bf16(values)
+    cut = np.pad(wide, ((0, 0), (0, -wide.shape[1] % size))).reshape(len(wide), -1, size)
+    with np.errstate(invalid="ignore"):
+        top = np.abs(cut).max(axis=2, keepdims=True)
+        is_zero = top < SMALLEST
+        inverse = np.where(is_zero, np.float32(0), largest / np.where(is_zero, np.float32(1), top))
+        found = from_fp8(to_fp8(cut * inverse, form.code), form.code) * (top / largest)
+    return np.asarray(found.reshape(len(wide), -1)[:, : wide.shape[1]], np.float32)
 
 
 def coded_heads(values: NDArray[Any]) -> F32:

@@ -176,9 +176,9 @@ class _Layout:
         form: GemmFormat | None = None,
     ) -> None:
         """Append one tensor at the next aligned offset."""
-        dtype: Literal["bf16", "fp32", "int8", "int4"]
+        dtype: Literal["bf16", "fp32", "int8", "int4", "fp8"]
         if form is not None:
-            dtype = "int8" if form.bits == 8 else "int4"
+            dtype = "fp8" if form.is_fp8 else "int8" if form.bits == 8 else "int4"
             nbytes = n // PANEL * PanelShape(form, k).nbytes
         else:
             dtype = "bf16" if kind != "vector" and self.graph.dtype == "bf16" else "fp32"

@@ -17,9 +17,9 @@ from sinterlm.errors import CheckpointError
 from sinterlm.ir.bf16 import from_bf16
 from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
+from sinterlm.passes.coding import in_format
 from sinterlm.passes.layout import PANEL
 from sinterlm.passes.packing_codes import PanelWriter, rows_of, unpack_codes
-from sinterlm.passes.quantise import quantise
 
 PACKER_VERSION = "3"  #: part of the key of packed weights: bump when packed bytes change
 
@@ -131,7 +131,7 @@ def coded_chunks(
                 continue
             rows = floats[name][start:stop]
             wide = from_bf16(rows) if rows.dtype == np.uint16 else rows
-            writer.put(lo - first, quantise(wide, form.bits, form.group, form.symmetric))
+            writer.put(lo - first, in_format(wide, form))
         yield writer.bytes()
 
 

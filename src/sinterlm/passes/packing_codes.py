@@ -1,11 +1,12 @@
 """Panels and tiles of coded weights as bytes, and back; see ``ir/plan.py`` for the layout.
 
-Refuses a scale that the panel's fp16 cannot hold: codes that a checkpoint brings are kept exactly
-or not at all.
+Refuses a scale that the panel's fp16 cannot hold, and columns of one panel that should share scales
+and do not: codes that a checkpoint brings are kept exactly or not at all.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class PanelWriter:
         assert tensor.format is not None
         self.form, self.name, self.kind = tensor.format, tensor.name, tensor.kind
         self.shape = PanelShape(tensor.format, tensor.k)
-        self.codes = np.full((columns, tensor.k), 1 << (self.form.bits - 1), np.uint8)
+        zero = 0 if self.form.is_fp8 else 1 << (self.form.bits - 1)
+        self.codes = np.full((columns, tensor.k), zero, np.uint8)
         self.scales = np.zeros((columns, self.shape.num_groups), np.float32)
         self.offsets = np.zeros_like(self.scales)
 
@@ -37,18 +39,18 @@ class PanelWriter:
         """Columns ``at``, ``at + 1``, … are ``rows``. Raises CheckpointError where they are coded
         otherwise than the tensor, or fp16 cannot hold a scale."""
         form = self.form
-        brought = (rows.bits, rows.group, rows.offsets is None)
-        if brought != (form.bits, form.group, form.symmetric):
+        brought = (rows.bits, rows.group, rows.offsets is None, rows.code)
+        if brought != (form.bits, form.group, form.symmetric, form.code):
             raise CheckpointError(
                 f"{self.name!r} is packed as {form.name}, and its weights came with {rows.bits} "
-                f"bits, group {rows.group}, {'no ' if brought[2] else ''}offsets"
+                f"bits ({rows.code}), group {rows.group}, {'no ' if brought[2] else ''}offsets"
             )
         last = at + len(rows.codes)
         self.codes[at:last, : rows.codes.shape[1]] = rows.codes
         self.scales[at:last, : rows.scales.shape[1]] = rows.scales
         if rows.offsets is not None:
             self.offsets[at:last, : rows.offsets.shape[1]] = rows.offsets
-        if form.group and not _fits_fp16(rows.scales):
+        if form.scale_bytes == 2 and not _fits_fp16(rows.scales):
             raise CheckpointError(
                 f"{self.name!r}: a scale of its weights is not a 16-bit float, which is what "
                 "quantised weights are stored with; compile the checkpoint that it was made from"
@@ -67,14 +69,31 @@ class PanelWriter:
             half = TILE_DEPTH // 2
             codes = codes[..., :half] | (codes[..., half:] << np.uint8(4))
         parts = [codes]
-        for tail in self._tails(slice(None)):
-            rows = tail.reshape(count, PANEL_COLUMNS, shape.num_groups).transpose(0, 2, 1)
-            parts.append(np.ascontiguousarray(rows).view(np.uint8))
-        return np.concatenate([part.reshape(count, -1) for part in parts], axis=1)
+        if self.form.rows > 1:
+            parts.append(self._shared_scales().view(np.uint8))
+        else:
+            for tail in self._tails(slice(None)):
+                rows = tail.reshape(count, PANEL_COLUMNS, shape.num_groups).transpose(0, 2, 1)
+                parts.append(np.ascontiguousarray(rows).view(np.uint8))
+        flat = np.concatenate([part.reshape(count, -1) for part in parts], axis=1)
+        return np.pad(flat, ((0, 0), (0, shape.nbytes - flat.shape[1])))
+
+    def _shared_scales(self) -> F32:
+        """[panels, groups], of panels whose columns share them but for those of padding, which are
+        zero. Raises CheckpointError."""
+        cut = self.scales.reshape(-1, PANEL_COLUMNS, self.shape.num_groups)
+        shared = cut[:, 0]
+        real = cut.any(axis=2, keepdims=True)
+        if not np.array_equal(cut, np.where(real, shared[:, None], 0), equal_nan=True):
+            raise CheckpointError(
+                f"{self.name!r}: columns of one panel have scales of different blocks; this is a "
+                "fault of SinterLM"
+            )
+        return np.ascontiguousarray(shared)
 
     def _tails(self, groups: slice) -> list[NDArray[Any]]:
         """Scales, and offsets where the format has them, [columns, groups]."""
-        kind = np.float16 if self.form.group else np.float32
+        kind = np.float16 if self.form.scale_bytes == 2 else np.float32
         tails: list[NDArray[Any]] = [self.scales[:, groups].astype(kind)]
         return tails if self.form.symmetric else [*tails, self.offsets[:, groups]]
 
@@ -123,7 +142,7 @@ def unpack_codes(tensor: PackedTensor, packed: Bytes) -> CodedMatrix:
         depth = min(shape.group, shape.k - first)
         end = at + PANEL_COLUMNS * depth * form.bits // 8
         codes.append(_codes(np.ascontiguousarray(panels[:, at:end]), form))
-        kind = np.dtype(np.float16 if form.group else np.float32)
+        kind = np.dtype(np.float16 if form.scale_bytes == 2 else np.float32)
         for into, dtype in ((scales, kind), (offsets, np.dtype(np.float32)))[: 2 - form.symmetric]:
             stop = end + PANEL_COLUMNS * dtype.itemsize
             into.append(np.ascontiguousarray(panels[:, end:stop]).view(dtype).reshape(columns))
@@ -146,11 +165,12 @@ def _unpack_tiles(panels: Bytes, shape: PanelShape) -> CodedMatrix:
     if form.bits == 4:
         codes = np.concatenate([codes & 15, codes >> 4], axis=3)
     tails: list[F32] = []
-    kinds = (np.dtype(np.float16 if form.group else np.float32), np.dtype(np.float32))
+    kinds = (np.dtype(np.float16 if form.scale_bytes == 2 else np.float32), np.dtype(np.float32))
     for kind in kinds[: 2 - form.symmetric]:
-        stop = end + groups * PANEL_COLUMNS * kind.itemsize
+        stop = end + groups * shape.scale_columns * kind.itemsize
         rows = np.ascontiguousarray(panels[:, end:stop]).view(kind)
-        cut = rows.reshape(count, groups, PANEL_COLUMNS).transpose(0, 2, 1)
+        each = rows.reshape(count, groups, shape.scale_columns)
+        cut = np.broadcast_to(each, (count, groups, PANEL_COLUMNS)).transpose(0, 2, 1)
         tails.append(cut.reshape(-1, groups).astype(np.float32))
         end = stop
     return CodedMatrix(
@@ -159,6 +179,7 @@ def _unpack_tiles(panels: Bytes, shape: PanelShape) -> CodedMatrix:
         offsets=None if form.symmetric else tails[1],
         bits=form.bits,
         group=form.group,
+        code=form.code,
     )
 
 
@@ -188,6 +209,6 @@ def _fits_fp16(scales: F32) -> bool:
 def rows_of(matrix: CodedMatrix, first: int, last: int) -> CodedMatrix:
     """Rows [first, last) of a coded matrix, as views."""
     offsets: Any = None if matrix.offsets is None else matrix.offsets[first:last]
-    return CodedMatrix(
-        matrix.codes[first:last], matrix.scales[first:last], offsets, matrix.bits, matrix.group
+    return replace(
+        matrix, codes=matrix.codes[first:last], scales=matrix.scales[first:last], offsets=offsets
     )

@@ -12,6 +12,10 @@ from sinterlm.options import QuantizationName
 Switch = Literal["off", "on", "require"]
 
 
+#: What the plugin's target, which is a CPU, stores weights in.
+CODES: tuple[QuantizationName, ...] = ("int8", "int4")
+
+
 def read_switch() -> Switch:
     """``off`` (the default), ``on``, or ``require``: an error where vLLM's own class would be
     used. Raises UsageError."""
@@ -24,10 +28,9 @@ def read_switch() -> Switch:
 def read_quantization() -> QuantizationName | None:
     """Codes that the weights are stored in; None = the dtype of vLLM. Raises UsageError."""
     given = env_text("SINTERLM_QUANTIZATION")
-    if given not in (None, *get_args(QuantizationName)):
-        names = ", ".join(get_args(QuantizationName))
-        raise UsageError(f"SINTERLM_QUANTIZATION={given!r} is none of {names}")
-    return cast(QuantizationName | None, given)
+    if given not in (None, *CODES):
+        raise UsageError(f"SINTERLM_QUANTIZATION={given!r} is none of {', '.join(CODES)}")
+    return given
 
 
 def bound_cpus(environment: Mapping[str, str]) -> tuple[int, ...] | None:

@@ -78,6 +78,7 @@ def is_legal(cut: Cut, task: Task) -> bool:
         task.columns % cut.BN == 0
         and task.depth % cut.BK == 0
         and task.depth // cut.BK >= cut.SPLIT
+        and task.may_take(cut.BK)
         and cut.BM * columns >= 256 * cut.num_warps
         # What multiplies 64 rows or more on NVIDIA's is an instruction of four warps.
         and (device.vendor == "hip" or cut.BM < 64 or cut.num_warps >= 4)

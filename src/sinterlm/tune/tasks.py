@@ -12,6 +12,7 @@ from typing import Any
 
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import MAX_SEQS, launch_table, made_for
+from sinterlm.backends.gpu.operands import operand
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Choice, Kernel, Launch, Table
 from sinterlm.backends.gpu.tuning import Entry, Stored, TileTable
@@ -90,7 +91,12 @@ class Task:
     @property
     def stored(self) -> Stored:
         """Which entries of a tile table it takes."""
-        return "bf16" if self.bits == 16 else "codes"
+        return operand(self.matrix).stored
+
+    def may_take(self, block: int) -> bool:
+        """Whether ``block`` of k may be a step of the loop: of fp8 activations, all that has one
+        scale."""
+        return self.stored != "fp8-a8" or block == operand(self.matrix).deepest
 
     @cached_property
     def matrix(self) -> PackedTensor:

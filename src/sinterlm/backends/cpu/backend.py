@@ -10,6 +10,7 @@ from sinterlm.backends.base import Toolchain
 from sinterlm.backends.cxx import toolchain
 from sinterlm.backends.cxx.isa import best_isa, parse_isa
 from sinterlm.errors import CompileError
+from sinterlm.ir.fp8 import Fp8Name
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
 
@@ -24,6 +25,7 @@ class CpuBackend:
     weight_order: MatrixOrder = "panels"
     act_dtype: ActDType | None = None
     inputs_sha256: str = ""
+    fp8: Fp8Name | None = None
 
     def resolve_isa(self, isa: str | None) -> str:
         """``isa`` checked, or this machine's widest level. Raises UsageError for unknown names."""

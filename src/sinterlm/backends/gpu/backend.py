@@ -15,6 +15,7 @@ from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.table import Table
 from sinterlm.backends.gpu.tuning import TileTable
 from sinterlm.errors import CompileError, UsageError
+from sinterlm.ir.fp8 import Fp8Name
 from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType
 
@@ -39,6 +40,11 @@ class GpuBackend:
     def inputs_sha256(self) -> str:
         """Of the tile table."""
         return digest_json(self.tiles.to_json())
+
+    @property
+    def fp8(self) -> Fp8Name:
+        """As the device's matrix instructions take them."""
+        return self.device.fp8
 
     def resolve_isa(self, isa: str | None) -> str:
         """The device's name: it has one instruction set. Raises UsageError for any other."""

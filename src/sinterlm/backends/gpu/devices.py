@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sinterlm.ir.fp8 import Fp8Name
+
 Vendor = Literal["hip", "cuda"]
+#: How fp32 is rounded to fp8: by an instruction, or by whole numbers where Triton uses none.
+Rounding = Literal["cvt", "bits"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Device:
     matrix: tuple[str, str]
     drain: str  #: waits until a wave's stores are done; "" where the barrier does
     machines: str  #: for people
+    fp8: Fp8Name = "e4m3fn"  #: as the matrix instructions take it
+    #: Fewest rows of a tile whose products of fp8 have an instruction; others are made in fp16,
+    #: which holds every fp8 number.
+    fp8_rows: int = 16
+    rounding: Rounding = "cvt"  #: to fp8
 
     @property
     def triple(self) -> tuple[str, str, int]:
@@ -42,14 +51,14 @@ DEVICES: dict[str, Device] = {
     d.name: d
     for d in (
         Device("gfx942", "hip", "gfx942", 64, 64 << 10, 512, 8, ("v_mfma", "v_mfma"), _GFX9,
-               "AMD Instinct MI300A, MI300X, MI325X"),
+               "AMD Instinct MI300A, MI300X, MI325X", "e4m3fnuz"),
         Device("gfx950", "hip", "gfx950", 64, 160 << 10, 512, 8, ("v_mfma", "v_mfma"), _GFX9,
                "AMD Instinct MI350X, MI355X"),
         Device("gfx1201", "hip", "gfx1201", 32, 64 << 10, 256, 1, ("v_wmma", "v_wmma"), _GFX12,
-               "AMD Radeon RX 9070, Radeon AI PRO R9700"),
+               "AMD Radeon RX 9070, Radeon AI PRO R9700", rounding="bits"),
         Device("sm_90", "cuda", "90", 32, 227 << 10, 255, 1,
-               (r"mma\.sync", r"wgmma\.mma_async"), "", "NVIDIA H100, H200"),
+               (r"mma\.sync", r"wgmma\.mma_async"), "", "NVIDIA H100, H200", fp8_rows=64),
         Device("sm_100", "cuda", "100", 32, 227 << 10, 255, 1,
-               (r"mma\.sync", r"tcgen05\.mma|mma\.sync"), "", "NVIDIA B200"),
+               (r"mma\.sync", r"tcgen05\.mma|mma\.sync"), "", "NVIDIA B200", fp8_rows=64),
     )
 }  # fmt: skip

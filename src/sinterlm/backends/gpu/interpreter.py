@@ -3,6 +3,7 @@
 Programs run one after the other, in an order that tests choose. Every load, store and atomic is
 held against the arrays that were passed: one that leaves them is an IndexError. bf16 is rounded and
 multiplied as a device does it; Triton's own interpreter (3.9) cuts it off, and multiplies its bits.
+fp8 is rounded and read by ``ir.fp8``.
 What this cannot show: races, missing barriers, and the order of a matrix instruction's sums.
 """
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.ir.bf16 import from_bf16, to_bf16
+from sinterlm.ir.fp8 import FP8_MAX, Fp8Name, from_fp8, to_fp8
 
 Order = Literal["forward", "backward"] | int
 
@@ -33,6 +35,8 @@ ELEMENTS = {
     "*i32": np.int32, "*u64": np.uint64,
 }  # fmt: skip
 _SCALARS = {"i32": np.int32, "i64": np.int64}
+#: Triton's names of fp8.
+_FP8: dict[str, Fp8Name] = {"fp8e4nv": "e4m3fn", "fp8e4b8": "e4m3fnuz"}
 
 
 def run_kernel(
@@ -166,6 +170,18 @@ def _corrected(builder: Any, name: str, arrays: Sequence[NDArray[Any]]) -> Itera
             return type(src)(to_bf16(src.data), to.scalar)
         return kept["cast_impl"](src, to)
 
+    def between_floats(src: Any, to: Any, rounding: Any) -> Any:
+        """To and from fp8; NaN that a device would make of what is too large is refused."""
+        source, target = _FP8.get(src.dtype.scalar.name), _FP8.get(to.scalar.name)
+        if source is not None:
+            wide = from_fp8(src.data, source)
+            return type(src)(to_bf16(wide) if to.scalar.is_bf16() else wide, to.scalar)
+        if target is not None:
+            if (np.abs(src.data) > FP8_MAX[target] * (1 + 2**-20)).any():
+                raise ArithmeticError(f"{name} rounds what no fp8 number is near")
+            return type(src)(to_fp8(src.data, target), to.scalar)
+        return kept["create_fp_to_fp"](src, to, rounding)
+
     def dot(a: Any, b: Any, *rest: Any, **named: Any) -> Any:
         return kept["create_dot"](_widen(a), _widen(b), *rest, **named)
 
@@ -176,6 +192,7 @@ def _corrected(builder: Any, name: str, arrays: Sequence[NDArray[Any]]) -> Itera
     changed = {
         "create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic,
         "cast_impl": cast, "create_dot": dot, "create_inline_asm": inline_asm,
+        "create_fp_to_fp": between_floats,
     }  # fmt: skip
     kept = {which: getattr(builder, which) for which in changed}
     for which, checked in changed.items():
@@ -192,9 +209,11 @@ def _corrected(builder: Any, name: str, arrays: Sequence[NDArray[Any]]) -> Itera
 
 
 def _widen(operand: Any) -> Any:
-    """A matrix of bf16 as fp32."""
-    if not operand.dtype.scalar.is_bf16():
+    """A matrix of bf16 or fp8 as fp32."""
+    kind = operand.dtype.scalar
+    if not kind.is_bf16() and kind.name not in _FP8:
         return operand
     from triton import language as tl
 
-    return type(operand)(from_bf16(operand.data), tl.float32)
+    wide = from_bf16(operand.data) if kind.is_bf16() else from_fp8(operand.data, _FP8[kind.name])
+    return type(operand)(wide, tl.float32)

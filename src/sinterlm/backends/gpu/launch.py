@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sinterlm.backends.gpu.devices import Device
-from sinterlm.backends.gpu.operands import Operand, deepest_block, operand, unsupported
+from sinterlm.backends.gpu.operands import Operand, operand, unsupported
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Axis, Buffer, Choice, Kernel, Launch, Table, Unit
 from sinterlm.backends.gpu.tuning import Entry, TileTable, cut_gemm, divisor, read_tiles
@@ -234,9 +234,8 @@ class _Builder:
         widths = {cut_gemm(e, padded, h)["BN"] for e in entries}
         width = min(widths)  # one for all, so that one merge serves them
         blocks = padded // width
-        deepest = deepest_block(matrix.constants["W_GROUP"])
         for entry in entries:
-            tile = cut_gemm(entry, padded, h, width, most_depth=deepest)
+            tile = cut_gemm(entry, padded, h, width, most_depth=matrix.deepest)
             constants = {**shape, **self.gemm_constants(tile, entry)}
             del constants["SPLIT"], constants["DRAIN"]
             self.choose(op.kind, -1, "lm_head", entry, constants,
@@ -259,10 +258,14 @@ class _Builder:
     ) -> Launch:  # fmt: skip
         """A GEMM by every entry of the tile table for what ``matrix`` is stored in."""
         slot += matrix.suffix
-        deepest = deepest_block(matrix.constants["W_GROUP"])
         shape = {**constants, **matrix.constants}
         for entry in self.tiles.of(name, matrix.stored, shape):
-            tile = cut_gemm(entry, columns, depth, most_columns, must_be_most, deepest)
+            tile = cut_gemm(entry, columns, depth, most_columns, must_be_most, matrix.deepest)
+            if matrix.stored == "fp8-a8" and tile["BK"] != matrix.deepest:
+                raise CompileError(
+                    f"the tile of {name} ({entry.source}) has BK {tile['BK']}, and a scale of "
+                    f"activations covers {matrix.deepest}; this is a fault of SinterLM's table"
+                )
             tiles_n, split = columns // tile["BN"], tile["SPLIT"]
             if split > 1:
                 count = -(-entry.max_rows // tile["BM"]) * tiles_n
@@ -331,7 +334,7 @@ class _Builder:
 
     def matrix(self, tensor: str) -> Operand:
         """How a GEMM reads a packed matrix."""
-        return operand(self.tensors[tensor])
+        return operand(self.tensors[tensor], self.device.rounding)
 
     def need(self, name: str, unit: Unit, nbytes: int) -> None:
         """Scratch memory, as large as the largest that asks."""

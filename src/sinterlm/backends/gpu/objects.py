@@ -141,6 +141,9 @@ def faults(made: Object, device: Device) -> list[str]:
         # have too few for 8 warps.
         if facts["byte_loads"] and constants.get("BN", 0) >= 32:
             wrong.append(f"{facts['byte_loads']} loads of single bytes")
+        is_native = constants.get("A_FP8") and constants["BM"] >= device.fp8_rows
+        if is_native and not facts["fp8_matrix"]:
+            wrong.append(f"no matrix instruction of fp8, but {facts['matrix']}")
         pattern = device.matrix[constants["BM"] >= 64]
         if not any(re.match(pattern, name) for name in facts["matrix"]):
             wrong.append(f"no {pattern}, but {facts['matrix']}")

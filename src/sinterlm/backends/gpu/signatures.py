@@ -22,11 +22,12 @@ class Signature:
 
     def types(self, constants: Mapping[str, Any]) -> dict[str, str]:
         """``args`` of a kernel compiled for ``constants``: codes are bytes, their scales fp16, or
-        fp32 where a column has one."""
+        fp32 where a column has one or codes are fp8."""
         in_codes = constants.get("BITS", 16) != 16
+        in_fp16 = constants.get("W_GROUP", 0) and not constants.get("FP8", "")
         found = {
             "*weight": "*u8" if in_codes else "*bf16",
-            "*scale": "*fp16" if constants.get("W_GROUP", 0) else "*fp32",
+            "*scale": "*fp16" if in_fp16 else "*fp32",
         }
         return {name: found.get(kind, kind) for name, kind in self.args.items()}
 

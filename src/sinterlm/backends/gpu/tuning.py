@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from sinterlm.errors import UsageError
 
-#: What a GEMM's weights are stored in.
-Stored = Literal["bf16", "codes"]
+#: What a GEMM's weights are stored in; and activations too, where both are fp8.
+Stored = Literal["bf16", "codes", "fp8", "fp8-a8"]
 
 _TABLES = Path(__file__).with_name("tiles")
 #: Status of a table that ``sinterlm tune`` wrote.

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--device", choices=("mi300x", "h200", "this"), default="this")
     parser.add_argument("--dtype", type=parse_dtype, default="bf16", metavar="{bf16,fp32}")
-    parser.add_argument("--quantization", choices=("int8", "int4"),
+    parser.add_argument("--quantization", choices=("int8", "int4", "fp8"),
                         help="weights in codes, on a device that is not this one")  # fmt: skip
     parser.add_argument("--batch", type=parse_batch_sizes, metavar="LIST",
                         default=(1, 2, 4, 8, 16, 32, 64, 128), help="default: 1,2,4..")  # fmt: skip

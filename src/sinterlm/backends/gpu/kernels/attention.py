@@ -45,6 +45,7 @@ def norm_qkv_rope_kv(
     H: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     EPS: tl.constexpr, QK_EPS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+    FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,8 @@ def norm_qkv_rope_kv(
     a = tl.zeros((BM, BN), tl.float32)
     b = tl.zeros((BM, BN), tl.float32)
     a, b = accumulate_pair(a, b, xw, m, live, w, w_scale, w_offset, n, n + D // 2, begin, end, H, H,
-                           BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
+                           BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH, FP8, W_SHARED,
+                           A_FP8)  # fmt: skip
     tile = tile_m * num_n + tile_n
     last = True
     if SPLIT > 1:

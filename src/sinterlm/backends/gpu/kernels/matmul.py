@@ -2,15 +2,16 @@
 
 W[N, K] in bf16 lies as [N/64][K/64][64 columns][64 of k]: whatever a program loads is contiguous in
 pieces of 8 KB, so that no row stride meets the same memory channel again and again. Codes (BITS 4
-or 8) lie as ``codes.py`` says. Sums are fp32. With SPLIT > 1 several programs share a tile's depth;
-the last one to arrive adds their sums in the order of the splits, so the result does not depend on
-who that is.
+or 8) lie as ``codes.py`` says, fp8 numbers (BITS 8 and FP8) as ``fp8.py`` does. Sums are fp32. With
+SPLIT > 1 several programs share a tile's depth; the last one to arrive adds their sums in the order
+of the splits, so the result does not depend on who that is.
 """
 
 import triton
 import triton.language as tl
 
 from sinterlm.backends.gpu.kernels.codes import accumulate_codes, accumulate_codes_pair
+from sinterlm.backends.gpu.kernels.fp8 import accumulate_fp8, accumulate_fp8_pair
 from sinterlm.backends.gpu.kernels.norm import store_stream
 
 
@@ -53,11 +54,14 @@ def column_offsets(n, K: tl.constexpr):
 @triton.jit
 def accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH: tl.constexpr,
                K: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr, BITS: tl.constexpr,
-               W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr,
-               W_PITCH: tl.constexpr):  # fmt: skip
+               W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+               FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr):  # fmt: skip
     """a[m, begin:end] @ W[n, begin:end]ᵀ [BM, BN], ``acc`` being zeros; rows that are not live
     count as zeros."""
-    if BITS != 16:
+    if FP8 != "":
+        acc = accumulate_fp8(acc, a, m, live, w, w_scale, n, begin, end, A_PITCH, BK, CACHE,
+                             W_GROUP, W_PITCH, FP8, W_SHARED, A_FP8)  # fmt: skip
+    elif BITS != 16:
         acc = accumulate_codes(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH, BK,
                                CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
     else:
@@ -74,9 +78,14 @@ def accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH: tl
 def accumulate_pair(acc0, acc1, a, m, live, w, w_scale, w_offset, n0, n1, begin, end,
                     A_PITCH: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr,
                     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr,
-                    W_PITCH: tl.constexpr):  # fmt: skip
+                    W_PITCH: tl.constexpr, FP8: tl.constexpr, W_SHARED: tl.constexpr,
+                    A_FP8: tl.constexpr):  # fmt: skip
     """``accumulate`` for two blocks of columns that read the same rows once."""
-    if BITS != 16:
+    if FP8 != "":
+        acc0, acc1 = accumulate_fp8_pair(acc0, acc1, a, m, live, w, w_scale, n0, n1, begin, end,
+                                         A_PITCH, BK, CACHE, W_GROUP, W_PITCH, FP8, W_SHARED,
+                                         A_FP8)  # fmt: skip
+    elif BITS != 16:
         acc0, acc1 = accumulate_codes_pair(acc0, acc1, a, m, live, w, w_scale, w_offset, n0, n1,
                                            begin, end, A_PITCH, BK, CACHE, BITS, W_GROUP,
                                            W_OFFSETS, W_PITCH)  # fmt: skip
@@ -145,6 +154,7 @@ def residual_matmul(
     num_tokens,
     N: tl.constexpr, K: tl.constexpr, A_PITCH: tl.constexpr, HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+    FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +167,7 @@ def residual_matmul(
     begin, end = depth_of(split, K, BK, SPLIT)
     acc = tl.zeros((BM, BN), tl.float32)
     acc = accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH, K, BK, CACHE,
-                     BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
+                     BITS, W_GROUP, W_OFFSETS, W_PITCH, FP8, W_SHARED, A_FP8)  # fmt: skip
     tile = tile_m * (N // BN) + tile_n
     last = True
     if SPLIT > 1:

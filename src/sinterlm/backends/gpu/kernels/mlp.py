@@ -28,6 +28,7 @@ def norm_gate_up_act(
     num_tokens,
     F: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+    FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +43,8 @@ def norm_gate_up_act(
     g = tl.zeros((BM, BN), tl.float32)
     u = tl.zeros((BM, BN), tl.float32)
     g, u = accumulate_pair(g, u, xw, m, live, w, w_scale, w_offset, gate, gate + 64, begin, end, H,
-                           H, BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
+                           H, BK, CACHE, BITS, W_GROUP, W_OFFSETS, W_PITCH, FP8, W_SHARED,
+                           A_FP8)  # fmt: skip
     tile = tile_m * (F // BN) + tile_n
     last = True
     if SPLIT > 1:

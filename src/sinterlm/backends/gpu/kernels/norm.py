@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sinterlm.backends.gpu.kernels.codes import coded_row
+from sinterlm.backends.gpu.kernels.fp8 import fp8_row
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def embed_norm(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
     H: tl.constexpr, IN_TILES: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
-    W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+    W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr, FP8: tl.constexpr,
+    W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
 ):  # fmt: skip
     """x = table[tokens]; xw, ssq for the first norm. Grid (T, ceil(H / BN))."""
     row = tl.program_id(0)
@@ -77,7 +79,9 @@ def embed_norm(
     if token < 0:
         token = tl.load(drawn + tl.load(slots + row))
     n = first + tl.arange(0, BN)
-    if BITS != 16:
+    if FP8 != "":
+        found = fp8_row(table, w_scale, token, n, W_GROUP, W_PITCH, FP8, W_SHARED)
+    elif BITS != 16:
         found = coded_row(table, w_scale, w_offset, token, n, BITS, W_GROUP, W_OFFSETS, W_PITCH)
     elif IN_TILES:
         at = (token // 64) * (64 * H) + (token % 64) * 64 + (n // 64) * 4096 + n % 64

@@ -52,6 +52,7 @@ def lm_head(
     H: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, EPS: tl.constexpr,
     KEEP_LOGITS: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
+    FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_XCD: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +67,7 @@ def lm_head(
     n = tile_n * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
     acc = accumulate(acc, xw, m, live, w, w_scale, w_offset, n, 0, H, H, H, BK, CACHE, BITS,
-                     W_GROUP, W_OFFSETS, W_PITCH)  # fmt: skip
+                     W_GROUP, W_OFFSETS, W_PITCH, FP8, W_SHARED, A_FP8)  # fmt: skip
     scale = rstd(ssq, m, r < tl.where(is_normed != 0, 0, num_rows), EPS, H, BM)
     logit = acc * tl.where(is_normed != 0, 1.0, scale)[:, None]
     real = (n < V)[None, :]
