@@ -9,7 +9,8 @@ right from outside (seen at commit a9069c17 of 2026-08-22):
   it writes (DPP, ds_permute, ds_bpermute) reads what it has just written;
 - row_bcast takes a row's first lane instead of the last one of the row, or the two rows, before;
 - fp8 numbers are those of CDNA 4 (e4m3fn), where CDNA 3 has e4m3fnuz, and what is too large for one
-  becomes the largest, as Triton sets the mode (FP16_OVFL).
+  becomes the largest, as Triton sets the mode (FP16_OVFL);
+- the instruction that widens two fp8 numbers writes two registers, which is not foreseen.
 """
 
 from __future__ import annotations
@@ -103,6 +104,32 @@ def _fp8_of_cdna3(emu: Any) -> None:
         return size.__lt__(const(0x7F800000)).where(signed, const(0x80)).cast(dtypes.uint8)
 
     emu._FUNCS["fp8_to_f32"], emu._FUNCS["f32_to_fp8"] = widen, narrow
+    for kind in (emu.irc.VOP1, emu.irc.VOP1_SDWA):
+        emu._INST_HANDLERS[kind] = _two_from_fp8(emu, widen, emu._INST_HANDLERS[kind])
+
+
+def _two_from_fp8(emu: Any, widen: Any, others: Any) -> Any:
+    """V_CVT_PK_F32_FP8: the two low bytes of a register, or of the half that SDWA selects."""
+    from tinygrad.dtype import dtypes
+    from tinygrad.uop.ops import UOp
+
+    const = emu._c
+
+    def handler(inst: Any, ctx: Any) -> Any:
+        if not emu._op_name(inst).startswith("V_CVT_PK_F32_FP8"):
+            return others(inst, ctx)
+        kind, lane, mask = type(inst), ctx.range(), ctx.rexec()
+        if hasattr(kind, "src0_sel"):
+            register = ctx.rvgpr_dyn(ctx.inst_field(kind.vsrc0), lane)
+            half = emu._sdwa_select(register, ctx.inst_field(kind.src0_sel), const(0))
+        else:
+            half = ctx.rvgpr_dyn(ctx.inst_field(kind.src0) - const(256), lane)
+        at = ctx.inst_field(kind.vdst)
+        pair = [widen(half >> const(8 * i)).bitcast(dtypes.uint32) for i in range(2)]
+        stores = [ctx.wvgpr_dyn(at + const(i), lane, x, mask) for i, x in enumerate(pair)]
+        return UOp.sink(UOp.group(*stores).end(lane), *ctx.inc_pc())
+
+    return handler
 
 
 def _broadcast_rows(emu: Any) -> None:
