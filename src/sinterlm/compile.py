@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -376,16 +376,7 @@ def model_len(options: CompileOptions, config: DecoderConfig) -> int:
 
 def model_shape(config: DecoderConfig) -> ModelShape:
     """The shape as the manifest tells it."""
-    return ModelShape(
-        architecture=config.architecture,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-    )
+    return ModelShape(**{field.name: getattr(config, field.name) for field in fields(ModelShape)})
 
 
 def model_constants(config: DecoderConfig) -> Constants:

@@ -4,7 +4,6 @@ any size, every group of query heads; what must not be read holds NaN.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -371,30 +370,6 @@ def test_head_and_draw(tile: Tile, form: GemmFormat | None) -> None:
         assert ids[i] == want.token_id or want.gap < 1e-4
         assert abs(logprobs[i] - want.logprob) < 1e-5
     assert list(drawn) == [ids[2], -1, -1, ids[0]]
-
-
-@pytest.mark.parametrize(("in_tiles", "width"), list(itertools.product([True, False], [64, 128])))
-def test_embed(in_tiles: bool, width: int) -> None:
-    rng = np.random.default_rng(6)
-    table = round_bf16(rng.normal(size=(131, 128)))
-    norm = rng.normal(size=128).astype("f4")
-    ids, drawn = [0, 130, -1, 64, 63], [7, 65]
-    x, xw, ssq = oplib.embed(ids, table, norm, in_tiles, [0, 0, 1, 0, 0], drawn, width)
-    assert np.array_equal(x, table[[0, 130, 65, 64, 63]])
-    assert np.array_equal(xw, round_bf16(x * norm))
-    assert np.allclose(ssq, (x**2).reshape(5, -1, 16).sum(-1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_embed_of_codes(form: GemmFormat) -> None:
-    rng = np.random.default_rng(6)
-    table = rng.normal(size=(131, 192)).astype("f4")
-    ids, drawn = [0, 130, -1, 64, 63], [7, 65]
-    norm = np.ones(192, "f4")
-    x = oplib.embed(ids, table, norm, True, [0, 0, 1, 0, 0], drawn, 64, form)[0]
-    value, size = oplib.meaning(table, form)
-    rows = [0, 130, 65, 64, 63]
-    assert np.all(np.abs(x - value[rows]) <= 2.0**-23 * size[rows])
 
 
 def test_leaving_a_buffer_is_seen() -> None:

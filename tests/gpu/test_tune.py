@@ -4,7 +4,6 @@ with scripted times, and the process that times them."""
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,8 +34,7 @@ from sinterlm.tune.candidates import Cut, kernel_of
 from sinterlm.tune.choice import choose, tuned_table
 from sinterlm.tune.journal import Journal, Result
 from sinterlm.tune.search import Search, Tuner, key_of
-from sinterlm.tune.tasks import ROTATED_BYTES, nothing
-from sinterlm.tune.timer import TrialFailed, WorkerTimer
+from sinterlm.tune.tasks import ROTATED_BYTES
 from tests.gpu.models import fp8, tiny
 from tests.gpu.tuned import ScriptedTimer, no_code, tasks
 
@@ -367,44 +365,3 @@ def test_a_kernel_keeps_its_key_and_another_has_another() -> None:
         keys.add(key_of(task, kernel))
         assert key_of(task, replace(kernel, source="elsewhere")) in keys
     assert len(keys) == 3
-
-
-# -- the process that times ------------------------------------------------------------------------
-
-ANSWERS = """
-import json, os, sys, time
-for line in sys.stdin:
-    job = json.loads(line)
-    assert os.path.exists(job["library"])
-    what = job["max_tokens"]  # and outputs are not looked at here
-    if what == 2: os._exit(9)
-    if what == 3: time.sleep(60)
-    if what == 4: answer = {"error": "an illegal address", "is_setup": False}
-    elif what == 5: answer = {"error": "no HIP driver", "is_setup": True}
-    else: answer = {"device": "d", "driver": str(os.getpid()), "samples": [[1.0]]}
-    print(json.dumps(answer), flush=True)
-"""
-
-
-def test_a_lost_process_is_replaced() -> None:
-    trial = nothing(read_tiles("gfx942"))
-    with WorkerTimer(b"host", 5.0, (sys.executable, "-c", ANSWERS)) as timer:
-        with pytest.raises(ResourceError, match="no HIP driver"):
-            timer.time(trial, [], [(5, 0)])
-        first = timer.time(trial, [], [(1, 0)])
-        assert timer.time(trial, [], [(1, 0)]) == first, "one process serves many"
-        for what, why in ((2, "ended with 9"), (3, "not done within"), (4, "illegal address"),
-                          (5, "no HIP driver")):  # fmt: skip
-            with pytest.raises(TrialFailed, match=why):
-                timer.time(trial, [], [(what, 0)])
-            assert timer.time(trial, [], [(1, 0)]).driver != first.driver
-
-
-def test_a_result_is_one_line(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "a/journal", "d")
-    times = {"1": [3.0, 1.0, 2.0], "16": [4.0]}
-    result = Result("k", "t", "measured", {"BN": 64}, times, device="d")
-    journal.add(result)
-    assert result.us == {"1": 2.0, "16": 4.0} and result.total_us == 6.0
-    (line,) = (tmp_path / "a/journal").read_text().splitlines()
-    assert Result(**json.loads(line)) == result == Journal(journal.path, "d").find("k")
