@@ -1,4 +1,4 @@
-"""The GPU kernel of the embedding: rows of tables in bf16 and in codes, drawn tokens, the next norm."""
+"""The GPU kernel of the embedding: tables in bf16 and in codes, drawn tokens, the next norm."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.simulator import Part, Simulator
 from sinterlm.backends.gpu.table import Axis, Kernel
 from sinterlm.backends.gpu.tuning import read_tiles
-from tests.gpu import oplib, test_fp8, test_hidden, test_kernels
+from tests.gpu import oplib, test_embed, test_fp8, test_hidden, test_kernels
 from tests.gpu.emulator import load_emulator, run_object
 from tests.gpu.host import PAGES, PROMPTS, Machine, batch
 from tests.gpu.oplib import Tile
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     "head, draw and merge": ("lm_head", lambda: test_kernels.test_head_and_draw(Tile(BN=64), None)),
     "head of normed rows": ("lm_head", lambda: test_hidden.test_a_head_of_normed_rows()),
     "hidden states": ("final_norm", lambda: test_hidden.test_final_norm(5, 192, 208, 64)),
-    "embedding": ("embed_norm", lambda: test_kernels.test_embed(True, 64)),
+    "embedding": ("embed_norm", lambda: test_embed.test_embed(True, 64)),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from tests.gpu import test_embed as embedding
 from tests.gpu import test_fp8 as activations
 from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
@@ -64,7 +65,7 @@ def _head() -> None:
 
 
 def _embed() -> None:
-    kernels.test_embed(True, 64)
+    embedding.test_embed(True, 64)
 
 
 def _normed_head() -> None:
@@ -81,7 +82,7 @@ def _codes(form: str) -> Callable[[], None]:
 
 
 def _embed_codes(form: str = "w4g32") -> None:
-    kernels.test_embed_of_codes(kernels.FORMS[form])
+    embedding.test_embed_of_codes(kernels.FORMS[form])
 
 
 def _numbers(form: str) -> Callable[[], None]:
