@@ -185,8 +185,7 @@ def _refuse_fp8(op: ops.Op, stored: Mapping[str, GemmFormat], scheme: Scheme) ->
 
 def main_format(graph: Graph, origin: Callable[[str, GemmFormat], str]) -> str | None:
     """For people, the format of most of a graph's coded weights: ``int4 w4g32-a8g64``, ``fp8
-    e4m3fn``, and what
-    ``origin`` says of one of them in it. None: all are wide."""
+    e4m3fn``, and what ``origin`` says of one of them in it. None: all are wide."""
     sizes: Counter[GemmFormat] = Counter()
     for name, form in graph.formats.items():
         rows, depth = graph.weights[name].shape

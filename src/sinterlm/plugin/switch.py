@@ -12,7 +12,7 @@ from sinterlm.options import QuantizationName
 Switch = Literal["off", "on", "require"]
 
 
-#: What the plugin's target, which is a CPU, stores weights in.
+#: What the plugin stores weights in, on every target.
 CODES: tuple[QuantizationName, ...] = ("int8", "int4")
 
 

@@ -161,8 +161,8 @@ inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
     const C* v = v_half<C, D>(slot.page, pages.page_tokens) + int64_t(slot.index) * D;
     int64_t next = 0;
     if (pos + kChunk < end) {
-      const Slot<C> slot = find_slot(b, pages, q.seq, pos + kChunk, q.kv_head);
-      next = distance(v, slot.page + int64_t(slot.index) * D);
+      const Slot<C> later = find_slot(b, pages, q.seq, pos + kChunk, q.kv_head);
+      next = distance(v, later.page + int64_t(later.index) * D);
     }
     const PageAhead keys_ahead{next, int64_t{kLanes} * P * int64_t{sizeof(C)}};
     panel_rows(rows, D / kLanes,
