@@ -228,7 +228,7 @@ def test_errors_of_the_command(
         (["cpu"], "has no tiles"),
         (["gfx942", "--bundle-sha256", "0" * 64], "no bundle is made"),
         (["gfx942", "--ops", "attention"], "no such GEMM"),
-        (["gfx942", "--batch-sizes", "0"], "at least 1"),
+        (["gfx942", "--batch-sizes", "0"], "1 or more"),
         (["gfx942", "--time-limit", "0"], "--time-limit must be above 0"),
         (["gfx942", "--tiles", str(tmp_path / "none.json")], "cannot read the tile table"),
     ):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from sinterlm.commands.bench.flags import parse_count, parse_counts
 from sinterlm.commands.compile import MODEL_HELP
 from sinterlm.commands.flags import add_option_flags, options_from, parse_file
 from sinterlm.errors import UsageError
@@ -13,16 +14,6 @@ from sinterlm.options import CompileOptions
 
 if TYPE_CHECKING:
     from sinterlm.tune.session import Outcome
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Whole numbers from ``1,16,64``."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers; write e.g. 1,16,64"
-        ) from None
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -43,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GEMMs to tune, e.g. norm_gate_up_act,down_residual (default: all)",
     )  # fmt: skip
     group.add_argument(
-        "--batch-sizes", type=parse_sizes, default=start.batch_sizes, metavar="LIST",
+        "--batch-sizes", type=parse_counts, default=start.batch_sizes, metavar="LIST",
         help="rows of the steps that are timed; a kernel is chosen by all that it serves "
         f"(default: {','.join(map(str, start.batch_sizes))})",
     )  # fmt: skip
@@ -52,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end after this; a later run goes on (default: none)",
     )  # fmt: skip
     group.add_argument(
-        "--max-candidates", type=int, default=start.max_candidates, metavar="N",
+        "--max-candidates", type=parse_count, default=start.max_candidates, metavar="N",
         help=f"tiles tried per GEMM and number of rows (default: {start.max_candidates})",
     )  # fmt: skip
     group.add_argument(
