@@ -228,12 +228,14 @@ def test_errors_of_the_command(
         (["cpu"], "has no tiles"),
         (["gfx942", "--bundle-sha256", "0" * 64], "no bundle is made"),
         (["gfx942", "--ops", "attention"], "no such GEMM"),
-        (["gfx942", "--batch-sizes", "0"], "1 or more"),
         (["gfx942", "--time-limit", "0"], "--time-limit must be above 0"),
         (["gfx942", "--tiles", str(tmp_path / "none.json")], "cannot read the tile table"),
     ):
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "gfx942", "--batch-sizes", "0"])
+    assert "'0' is not a whole number, 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "tiles").exists()
 
 
