@@ -48,15 +48,15 @@ def quantise(matrix: NDArray[Any], bits: Bits, group: int, symmetric: bool) -> C
     cut = wide.reshape(rows * groups, size)
     codes = np.empty(cut.shape, np.uint8)
     scales = np.empty(rows * groups, np.float32)
-    offsets = np.zeros_like(scales)
+    offsets, finite = np.zeros_like(scales), np.empty(rows * groups, bool)
     step = max(_MIN_GROUPS, _BLOCK // size)
     with np.errstate(all="ignore"):  # what overflows is found afterwards, and marked
         for first in range(0, rows * groups, step):
             part = slice(first, first + step)
             fit = _Fit(np.ascontiguousarray(cut[part].T), bits, symmetric, bool(group))
             codes[part], scales[part] = fit.codes.T, fit.scale
-            offsets[part] = fit.offset
-    bad = ~(np.isfinite(scales) & np.isfinite(offsets) & np.isfinite(cut).all(axis=1))
+            offsets[part], finite[part] = fit.offset, fit.is_finite
+    bad = ~(np.isfinite(scales) & np.isfinite(offsets) & finite)
     scales[bad], codes[bad] = np.nan, 1 << (bits - 1)
     return CodedMatrix(
         codes=codes.reshape(rows, groups * size)[:, :depth],
@@ -74,6 +74,7 @@ class _Fit:
         self.size, self.symmetric = np.float32(len(x)), symmetric
         self.low = np.float32(-(1 << (bits - 1)) if symmetric else 0)
         self.high = self.low + np.float32((1 << bits) - 1)
+        self.sums_are_exact = len(x) * max(-self.low, self.high) ** 2 <= 1 << 24
         self.q, self.product = np.empty_like(x), np.empty_like(x)
         self.gain = np.full(x.shape[1], -1, np.float32)  # of the best: Σx² − error
         self.scale, self.offset = np.zeros_like(self.gain), np.zeros_like(self.gain)
@@ -86,13 +87,14 @@ class _Fit:
             self.scale = self.scale.astype(np.float16).astype(np.float32)
         self.round(self.scale, self.offset)
         if not symmetric:
-            centred = _divide(self.sum - self.scale * _sum_rows(self.q.copy()), self.size)
+            centred = _divide(self.sum - self.scale * self.sum_whole(self.q), self.size)
             self.offset = mean + centred
         self.codes = (self.q - self.low).astype(np.uint8)
 
     def search(self, shares: tuple[float, ...]) -> None:
         """Try every share, then take turns."""
         top, bottom = self.x.max(axis=0), self.x.min(axis=0)
+        self.is_finite = np.isfinite(top) & np.isfinite(bottom)  # neither loses a NaN
         if self.symmetric:
             # the low end holds one code more than the high end, so the largest weight goes there
             full = np.where(top > -bottom, top, bottom) / self.low
@@ -109,13 +111,15 @@ class _Fit:
         """Codes for a scale and offset, the best scale and offset for these codes; kept if better
         than the best so far."""
         self.round(scale, offset)
-        xq = self.total(self.x, self.q)
-        qq = self.total(self.q, self.q)
+        np.multiply(self.x, self.q, out=self.product)
+        xq = _sum_rows(self.product)
+        np.multiply(self.q, self.q, out=self.product)
+        qq = self.sum_whole(self.product)
         if self.symmetric:
             best, shift = _divide(xq, qq), offset
             gain = best * xq
         else:
-            q = _sum_rows(self.q.copy())
+            q = self.sum_whole(self.q)
             best = _divide(self.size * xq - self.sum * q, self.size * qq - q * q)
             shift = _divide(self.sum - best * q, self.size)
             gain = best * xq + shift * self.sum
@@ -132,13 +136,14 @@ class _Fit:
             np.subtract(self.x, offset, out=q)
             np.multiply(q, _divide(np.float32(1), scale), out=q)
         np.rint(q, out=q)
-        np.maximum(q, self.low, out=q)
-        np.minimum(q, self.high, out=q)
+        np.clip(q, self.low, self.high, out=q)
 
-    def total(self, a: F32, b: F32) -> F32:
-        """Σ a·b of every group."""
-        np.multiply(a, b, out=self.product)
-        return _sum_rows(self.product)
+    def sum_whole(self, a: F32) -> F32:
+        """Sums of the columns of ``a``, whole numbers of at most a code's square each: where fp32
+        holds every sum of them, their order does not matter, and NumPy's own is the fastest."""
+        if self.sums_are_exact:
+            return np.asarray(np.add.reduce(a, axis=0))
+        return _sum_rows(a.copy())
 
 
 def _sum_rows(a: F32) -> F32:
@@ -153,5 +158,7 @@ def _sum_rows(a: F32) -> F32:
 
 def _divide(a: F32 | np.float32, b: F32 | np.float32) -> F32:
     """a / b, and 0 where b is 0."""
+    if np.all(b):  # a mask costs ten times the division
+        return np.asarray(a / b, np.float32)
     out = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b)), np.float32)
     return np.divide(a, b, out=out, where=b != 0)
