@@ -342,8 +342,9 @@ class LLM:
         finished: dict[str, RequestOutput] = {}
         with self._exclusive() as engine:
             ids = self._add_all(engine, prompts, params)
+            most = engine.step_limits.num_scheduler_steps
             while engine.has_unfinished:
-                for delta in engine.step(may_repeat=True):
+                for delta in engine.step(max_steps=most):
                     if delta.output is not None:
                         finished[delta.request_id] = delta.output
                         if use_tqdm:
