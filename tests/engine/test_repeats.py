@@ -76,7 +76,7 @@ def test_streamed_text_is_the_same_and_only_a_stop_string_keeps_to_single_steps(
     got = run(engine(), GREEDY, stream=True)
     assert text(got) == text(want) != "" and [len(call) for call in got] == [1, 8, 8, 3]
     assert [d.token_ids for call in got for d in call] == [d.token_ids for (d,) in want]
-    stopped = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=("\0",))
+    stopped = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=("never said",))
     calls = run(engine(), stopped, stream=True)
     assert text(calls) == text(want) and all(len(call) == 1 for call in calls)
 
