@@ -55,8 +55,8 @@ class CompileOptions:
     quant_group: int | None = None  #: one of QUANT_GROUPS; None = 128 for int8, 32 for int4
     #: GEMM operands beside coded weights; None = int8, on a GPU bf16.
     act_dtype: ActDTypeName | None = None
-    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head (CPU), fp8 =
-    #: e4m3 with two scales per layer, the checkpoint's or 1 (GPU).
+    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head (CPU),
+    #: fp8 = e4m3 with two scales per layer, the checkpoint's or 1 (GPU).
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has

@@ -287,8 +287,8 @@ def attention(
          "part_o": nan32(size * step.dim), "part_ml": nan32(size * 2), "counters": counters,
          "num_seqs": len(step.queries), "table_stride": step.table.shape[1], **step.strides()},
         {"HKV": step.heads, "GROUP": group, "D": step.dim, "SCALE": step.dim**-0.5,
-         "WINDOW": window, "KV_FP8": step.fp8 or "", "DECODE": decode, "SEQS": 8, "BM": rows_per_block, "TILE": tile,
-         "SEGMENTS": segments, "DRAIN": ""}, order,
+         "WINDOW": window, "KV_FP8": step.fp8 or "", "DECODE": decode, "SEQS": 8,
+         "BM": rows_per_block, "TILE": tile, "SEGMENTS": segments, "DRAIN": ""}, order,
     )  # fmt: skip
     assert not counters.any()
     return from_bf16(y)

@@ -8,7 +8,7 @@ import pytest
 from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.simulator import Part
 from sinterlm.ir.bf16 import round_bf16
-from sinterlm.ir.fp8 import FP8_MAX, FP8_NAN, Fp8Name, to_fp8
+from sinterlm.ir.fp8 import FP8_NAN, Fp8Name, from_fp8, to_fp8
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
 from sinterlm.ir.reference_attention import attend, visible
 from sinterlm.ir.reference_codes import fp8_heads
@@ -20,6 +20,10 @@ from tests.gpu.test_kernels import ATTENTION, check_attention, data, exact, scal
 pytestmark = pytest.mark.usefixtures("triton")
 
 NAMES: tuple[Fp8Name, ...] = ("e4m3fn", "e4m3fnuz")
+
+
+#: What e4m3fn's scale is to the device's.
+OF_FN: dict[Fp8Name, float] = {"e4m3fn": 1.0, "e4m3fnuz": 0.5}
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -63,9 +67,9 @@ def test_what_is_stored(
         k = k / np.sqrt((k**2).mean(-1, keepdims=True) + QK_EPS) * norms[1]
     c, s = (table[step.positions][:, None].astype("f8") for table in (cos, sin))
     for pages, want, scale in ((step.k, rotated(k, c, s), 0.03), (step.v, v, 0.011)):
-        got, twin = step.load(pages), fp8_heads(want, scale, name)
+        got, twin = step.load(pages), fp8_heads(want, scale * OF_FN[name])
         assert (got == twin).mean() > 0.99
-        largest = FP8_MAX[name] * scale
+        largest = 448 * scale * OF_FN[name]
         bound = 2.0**-4 * np.abs(want) + 2.0**-10 * scale + 1e-5
         clipped = np.clip(want, -largest, largest)
         assert np.all(np.abs(got - clipped) <= bound)
@@ -96,8 +100,9 @@ def test_what_is_too_large_becomes_the_largest(
         # A column of w that is NaN or infinite meets zeros in the depth: NaN, where infinity was.
         got = step.load(pages)[:3, 0, : len(values)]
         assert np.isnan(got[:, 10]).all()
-        assert np.array_equal(got[:, :8], np.repeat([fp8_heads(values[:8], scale, name)], 3, 0))
-        assert got[0, 7] == -FP8_MAX[name] * scale
+        twin = fp8_heads(values[:8], scale * OF_FN[name])
+        assert np.array_equal(got[:, :8], np.repeat([twin], 3, 0))
+        assert got[0, 7] == -448 * scale * OF_FN[name]
     assert (step.k != FP8_NAN[name]).sum() <= 3 * 32
 
 
@@ -114,7 +119,10 @@ def fp8_case(
         k, v = rng.normal(size=(2, length, kv_heads, dim)).astype("f4")
         v[length // 2] *= 2000  # beyond the largest number
         step.store(seq, k, v)
-        k, v = (fp8_heads(x, s, name).astype("f8") for x, s in zip((k, v), step.scales, strict=True))
+        k, v = (
+            from_fp8(to_fp8(x / np.float32(s), name), name).astype("f8") * s
+            for x, s in zip((k, v), step.scales, strict=True)
+        )
         mine = step.seqs == seq
         heads = q[mine].reshape(-1, kv_heads * group, dim).astype("f8")
         mask = visible(step.positions[mine], length, window)
@@ -157,13 +165,25 @@ def test_a_row_does_not_see_its_neighbours() -> None:
         assert np.array_equal(alone[0], every[seq])
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", ["k", "v"])
-def test_damage_is_seen_by_those_who_see_its_token(half: str) -> None:
-    step, q, want = fp8_case(4, 1, 32, 16, [9], [9], 0, "e4m3fn")
-    getattr(step, half)[step.slots[6] // 16, 0, 6, 3] = FP8_NAN["e4m3fn"]
-    y = oplib.attention(step, q, 4)
-    check_attention(y[:6], tuple(w[:6] for w in want))
-    assert np.isnan(y[6:]).any(axis=1).all()
+def test_damage_is_seen_by_those_who_see_its_token(half: str, name: Fp8Name) -> None:
+    """NaN in K reaches all of the rows that see the token, NaN in V its column. There it reaches
+    earlier rows of the same tile too, as it does in bf16, since their 0 times NaN is NaN; other
+    columns and other sequences are as they were."""
+    step, q, want = fp8_case(4, 1, 32, 16, [9, 9], [9, 9], 0, name)
+    getattr(step, half)[step.slots[6] // 16, 0, 6, 3] = FP8_NAN[name]
+    y = oplib.attention(step, q, 4).reshape(18, 4, 32)
+    want = tuple(w.reshape(y.shape) for w in want)
+    seen = (6, 7, 8)
+    if half == "k":
+        assert np.isnan(y[seen, :]).all()
+        check_attention(y[:6], tuple(w[:6] for w in want))
+    else:
+        assert np.isnan(y[seen, :, 3]).all()
+        rest = np.delete(np.arange(32), 3)
+        check_attention(y[:9][..., rest], tuple(w[:9][..., rest] for w in want))
+    check_attention(y[9:], tuple(w[9:] for w in want))
 
 
 def test_tables_tell_scales_and_sizes() -> None:
@@ -189,7 +209,6 @@ def test_tables_tell_scales_and_sizes() -> None:
 
 def test_pages_of_a_model_hold_what_the_twin_holds() -> None:
     """A prompt through the interpreter of the table: K and V of every layer by the oracle."""
-
     model = tiny("qwen3", "gfx942", kv_fp8=True)
     simulator, cache = model.simulator(), RefCache()
     ids = [5, 17, 99, 3, 120, 8, 64, 2, 11, 40, 7, 1, 2, 3, 4, 5, 6, 7]

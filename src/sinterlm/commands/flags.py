@@ -182,7 +182,8 @@ _PARSERS: dict[str, Any] = {
     "max_body_bytes": parse_size,
 }
 _METAVARS: dict[str, str] = {
-    "dtype": "{auto,bf16,fp32}", "kv_cache_dtype": "{auto,bf16,int8,fp8}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
+    "dtype": "{auto,bf16,fp32}", "kv_cache_dtype": "{auto,bf16,int8,fp8}",
+    "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
     "max_mixed_prefill_tokens": "TOKENS", "kv_cache_memory_fraction": "SHARE",
     "gpu_memory_utilization": "SHARE",

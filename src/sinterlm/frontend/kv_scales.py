@@ -2,8 +2,8 @@
 ``k_scale`` and ``v_scale``, or one ``kv_scale`` for both, on the layer's attention or its k_proj
 and v_proj.
 
-They say what numbers of e4m3fn are times. Refuses what is no positive number, one without the other,
-and a layer's told twice.
+They say what numbers of e4m3fn are times. Refuses what is no positive number, one without the
+other, and a layer's told twice.
 """
 
 from __future__ import annotations

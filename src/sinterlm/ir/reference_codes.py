@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinterlm.ir.bf16 import Instruction, fma, from_bf16, gemm_exact, round_bf16, to_bf16
-from sinterlm.ir.fp8 import FP8_MAX, Fp8Name, from_fp8, to_fp8
+from sinterlm.ir.fp8 import FP8_MAX, from_fp8, to_fp8
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 
 F32 = NDArray[np.float32]
@@ -88,13 +88,14 @@ def coded_heads(values: NDArray[Any]) -> F32:
     return np.asarray(codes * scales[..., None], np.float32)
 
 
-def fp8_heads(values: NDArray[Any], scale: float, code: Fp8Name = "e4m3fn") -> F32:
-    """What K or V [T, Hkv, D] stand for once they are in pages of fp8 numbers that are times
-    ``scale``, in fp32: what is beyond the largest number becomes it, and NaN stays. A kernel
-    multiplies by the scale after the sum over D, or over tokens."""
+def fp8_heads(values: NDArray[Any], scale: float) -> F32:
+    """What K or V [T, Hkv, D] stand for once they are in pages of e4m3fn numbers that are times
+    ``scale``, in fp32: what is beyond the largest number becomes it, and NaN stays. e4m3fnuz holds
+    the same with twice the scale. A kernel multiplies by the scale after the sum over D, or over
+    tokens."""
     with np.errstate(over="ignore"):
         numbers = np.asarray(values, np.float32) * (np.float32(1) / np.float32(scale))
-    return from_fp8(to_fp8(numbers, code), code) * np.float32(scale)
+    return from_fp8(to_fp8(numbers, "e4m3fn"), "e4m3fn") * np.float32(scale)
 
 
 def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:

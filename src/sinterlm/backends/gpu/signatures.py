@@ -1,8 +1,9 @@
 """The arguments of every GPU kernel that are not constants, with their types, in order.
 
-Pointers are ``*type``, scalars ``i32``, ``i64`` or ``fp32``; ``*weight`` and ``*scale`` are what the
-matrix is stored in, ``*kv`` what pages hold (``Signature.types``). All else in a kernel's signature is a constant that it is
-compiled for. One table for the compiler, the launch table, the interpreter and the host.
+Pointers are ``*type``, scalars ``i32``, ``i64`` or ``fp32``; ``*weight`` and ``*scale`` are what
+the matrix is stored in, ``*kv`` what pages hold (``Signature.types``). All else in a kernel's
+signature is a constant that it is compiled for. One table for the compiler, the launch table, the
+interpreter and the host.
 """
 
 from __future__ import annotations

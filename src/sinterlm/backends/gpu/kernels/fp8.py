@@ -4,9 +4,10 @@ they are by activations that are rounded to fp8 on the way.
 Per 64 columns: numbers [K/64][64 columns][64 of k], as the device writes fp8 (FP8: e4m3fn or
 e4m3fnuz), then scales in fp32, [G][64], or [G] where the columns share them (W_SHARED); W_PITCH
 bytes in all. Products are exact; sums meet the scale of their group (W_GROUP of k; 0 = all of k)
-in fp32. KV pages hold fp8 numbers too, in bytes. With A_FP8 every row of a step of BK along k has a scale of its own, its largest magnitude
+in fp32. With A_FP8 every row of a step of BK along k has a scale of its own, its largest magnitude
 over the largest fp8 number; ``ir.reference_codes.fp8_rows`` says the same in NumPy. Rows are
-rounded by an instruction ("cvt"), or by whole numbers ("bits") where Triton has none.
+rounded by an instruction ("cvt"), or by whole numbers ("bits") where Triton has none. KV pages
+hold fp8 numbers too, in bytes.
 """
 
 import triton
@@ -62,9 +63,10 @@ def rounded(x):
 @triton.jit
 def saturated(x, FP8: tl.constexpr, ROUNDING: tl.constexpr):
     """x fp32 as bytes of fp8 numbers: what is beyond the largest one becomes it, infinity too; NaN
-    stays NaN."""
+    stays NaN. The largest of e4m3fnuz is half of e4m3fn's, so that with twice the scale all devices
+    store the same."""
     kind: tl.constexpr = tl.float8e4b8 if FP8 == "e4m3fnuz" else tl.float8e4nv
-    largest: tl.constexpr = LARGEST_FNUZ if FP8 == "e4m3fnuz" else LARGEST_FN
+    largest: tl.constexpr = LARGEST_FN / 2 if FP8 == "e4m3fnuz" else LARGEST_FN
     x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
     number = rounded(x) if ROUNDING == "bits" else x.to(kind)
     return number.to(tl.uint8, bitcast=True)
