@@ -216,15 +216,16 @@ TINY = {
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
-    ("flags", "quantization"),
+    ("flags", "quantization", "kv"),
     [
-        pytest.param(["--quantization", "int4"], "int4 w4g32", marks=pytest.mark.slow),
-        ([], None),
+        pytest.param(["--quantization", "int4"], "int4 w4g32", "bf16", marks=pytest.mark.slow),
+        pytest.param(["--kv-cache-dtype", "fp8_e4m3"], None, "fp8", marks=pytest.mark.slow),
+        ([], None, "bf16"),
     ],
-    ids=["int4", "bf16"],
+    ids=["int4", "fp8-kv", "bf16"],
 )
 def test_compile_inspect_and_refuse_to_run(
-    flags: list[str], quantization: str | None, tmp_path: Path,
+    flags: list[str], quantization: str | None, kv: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The whole way on the command line: weights packed, table shown, and no run."""
@@ -238,7 +239,7 @@ def test_compile_inspect_and_refuse_to_run(
     assert facts["weights_bytes"] > 0
 
     bundle = open_bundle(out, any_isa=True)
-    assert bundle.manifest.quantization == quantization
+    assert (bundle.manifest.quantization, bundle.manifest.kv_cache_dtype) == (quantization, kv)
     table, made = read_archive(archive_of(bundle.library_path.read_bytes()))
     assert isinstance(table, Table) and table.per_step == 13
     assert all(not faults(one, DEVICES["gfx942"]) for one in made)
