@@ -138,7 +138,8 @@ def fp8_share(found: np.ndarray, want: np.ndarray, name: Fp8Name) -> float:
     a, b = (from_fp8(x, name).astype(np.float64) for x in (found, want))
     if not np.array_equal(np.isnan(a), np.isnan(b)):
         return np.inf
-    bound = np.maximum(np.maximum(np.abs(a), np.abs(b)) / 8, float(from_fp8(np.uint8(1), name)))
+    least = float(from_fp8(np.ones(1, np.uint8), name)[0])
+    bound = np.maximum(np.maximum(np.abs(a), np.abs(b)) / 8, least)
     return float(np.nanmax(np.abs(a - b) / bound, initial=0.0))
 
 
