@@ -200,11 +200,11 @@ class _Builder:
             entry = self.tiles.of(which)[0]
             rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
             segments, is_decode = entry.tile["SEGMENTS"], kind == "decode"
+            keys, options = self.keys(entry, op.head_dim, is_decode)
             constants = {
                 "HKV": op.num_kv_heads, "GROUP": group, "D": op.head_dim, "SCALE": op.scale,
                 "WINDOW": op.window, "KV_FP8": self.kv_fp8, "DECODE": is_decode,
-                "SEQS": MAX_SEQS, "BM": rows, "TILE": self.keys(entry, op.head_dim),
-                "SEGMENTS": segments,
+                "SEQS": MAX_SEQS, "BM": rows, "TILE": keys, "SEGMENTS": segments,
                 "DRAIN": self.device.drain if segments > 1 else "",
             }  # fmt: skip
             blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
@@ -215,8 +215,8 @@ class _Builder:
                 self.need("part_o", "S", parts * op.head_dim)
                 self.need("part_ml", "S", parts * 2)
                 self.need("attention_counters", "S", op.num_kv_heads * 4)
-            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, entry.options,
-                        entry.source), constants, grid, "S", kind)  # fmt: skip
+            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, options, entry.source),
+                        constants, grid, "S", kind)  # fmt: skip
         has_parts = any(name == "part_o" for name, _ in self.scratch)
         k_scale, v_scale = self.kv_scales(op.layer)
         bound = {"k_base": f"k:{op.layer}", "v_base": f"v:{op.layer}",
@@ -235,10 +235,17 @@ class _Builder:
         factor = np.float32(2 if self.kv_fp8 == "e4m3fnuz" else 1)
         return np.float32(k) * factor, np.float32(v) * factor
 
-    def keys(self, entry: Entry, head_dim: int) -> int:
-        """Keys of a tile; in fp8, as many as give each thread a load of 16 bytes."""
-        tile, threads = entry.tile["TILE"], entry.options["num_warps"] * self.device.warp
-        return max(tile, 16 * threads // head_dim) if self.kv_fp8 else tile
+    def keys(self, entry: Entry, head_dim: int, is_decode: bool) -> tuple[int, dict[str, Any]]:
+        """Keys of a tile, and options. In fp8 each thread loads 16 bytes: for prompts by more keys,
+        128 at most (registers), for decoding rows by fewer warps."""
+        tile, options = entry.tile["TILE"], entry.options
+        warps, warp = options["num_warps"], self.device.warp
+        if not self.kv_fp8:
+            return tile, options
+        if is_decode:
+            most = max(1, tile * head_dim // 16 // warp)
+            return tile, {**options, "num_warps": min(warps, most)}
+        return max(tile, min(128, 16 * warps * warp // head_dim)), options
 
     def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
         """Hidden states for whoever wants them, logits with the best of each block of them, and
