@@ -236,16 +236,20 @@ class _Builder:
         return np.float32(k) * factor, np.float32(v) * factor
 
     def keys(self, entry: Entry, head_dim: int, is_decode: bool) -> tuple[int, dict[str, Any]]:
-        """Keys of a tile, and options. In fp8 each thread loads 16 bytes: for prompts by more keys,
-        128 at most (registers), for decoding rows by fewer warps."""
+        """Keys of a tile, and options. In fp8 each thread loads 16 bytes for decoding rows, by
+        fewer warps where heads are narrow, and 8 for prompts, by more keys: registers end there.
+        Where fp8 is widened by whole numbers, which takes registers, a tile has half of the keys.
+        """
         tile, options = entry.tile["TILE"], entry.options
         warps, warp = options["num_warps"], self.device.warp
         if not self.kv_fp8:
             return tile, options
         if is_decode:
+            if self.device.rounding == "bits" and head_dim > 64:
+                tile //= 2
             most = max(1, tile * head_dim // 16 // warp)
             return tile, {**options, "num_warps": min(warps, most)}
-        return max(tile, min(128, 16 * warps * warp // head_dim)), options
+        return max(tile, 8 * warps * warp // head_dim), options
 
     def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
         """Hidden states for whoever wants them, logits with the best of each block of them, and
