@@ -10,11 +10,12 @@ import numpy as np
 
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.backends.gpu.library import archive_of
-from sinterlm.backends.gpu.objects import read_archive
+from sinterlm.backends.gpu.objects import device_of, read_archive
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.simulator import Part, Simulator
 from sinterlm.backends.gpu.table import Table
 from sinterlm.ir.bf16 import from_bf16
+from sinterlm.ir.fp8 import Fp8Name, from_fp8
 from sinterlm.ir.graph import Rope
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
@@ -94,6 +95,9 @@ class Device:
                 continue
             found = np.empty_like(want)
             self.copy("sl_peek", name, found)
+            if name.startswith("k:") and self.table.facts["kv_bytes"] == 1:
+                errors[name] = fp8_share(found, want, device_of(self.table).fp8)
+                continue
             kind = "*bf16" if name.startswith("k:") else kinds[short]
             errors[name] = error_share(found, want, kind)
         worst = max(errors, key=lambda name: errors[name])
@@ -126,6 +130,17 @@ def error_share(found: np.ndarray, want: np.ndarray, kind: str) -> float:
         return 0.0
     bound = 2.0**-7 * np.abs(b) + 2.0**-9 * np.abs(b).max() + 1e-30
     return float((np.abs(a - b) / bound).max())
+
+
+def fp8_share(found: np.ndarray, want: np.ndarray, name: Fp8Name) -> float:
+    """Largest |found - want| over its bound: one step of fp8, an eighth of the larger number, or
+    the least one there is; NaN must stay where it is."""
+    a, b = (from_fp8(x, name).astype(np.float64) for x in (found, want))
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
+        return np.inf
+    least = float(from_fp8(np.ones(1, np.uint8), name)[0])
+    bound = np.maximum(np.maximum(np.abs(a), np.abs(b)) / 8, least)
+    return float(np.nanmax(np.abs(a - b) / bound, initial=0.0))
 
 
 def buffer_kinds(table: Table) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 Every check is a process of its own with a time limit, so that one bad kernel does not end the hour:
 
-    load        the driver takes every code object
+    load        the driver takes every code object, those of an fp8 KV cache too
     op          each launch of a step alone: its inputs come from Triton's interpreter, which also
-                says what it must leave; of a trained model and of one layer at real shapes
+                says what it must leave; of a trained model, of one layer at real shapes, and of
+                the trained model with an fp8 KV cache
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
@@ -44,6 +45,8 @@ from sinterlm.tune.session import TuneOptions, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ROOT / "tests/assets/tiny-llama"
+FP8_KV = "tiny-fp8-kv"  #: the trained model with an fp8 KV cache
+PAGED = ("norm_qkv_rope_kv", "attention")  #: slots of the launches that write and read pages
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 
@@ -70,7 +73,8 @@ def llm(target: str, model: str, **options: Any) -> LLM:
 
 def check_load(args: argparse.Namespace) -> dict[str, Any]:
     """The driver takes every code object."""
-    device = Device(bundle_of(args, str(TRAINED)))
+    for model in (str(TRAINED), FP8_KV):
+        device = Device(bundle_of(args, model))
     return {"device": device.model.describe()["device"]}
 
 
@@ -163,8 +167,13 @@ CHECKS = {"load": check_load, "op": check_op, "model": check_model,
 
 def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
     """Compiled for the target; a named config with one layer and random weights."""
-    if Path(model).exists():
-        return compile_model(CompileOptions(model, target=args.target, max_model_len=64))
+    if model == FP8_KV or Path(model).exists():
+        return compile_model(
+            CompileOptions(
+                str(TRAINED) if model == FP8_KV else model, target=args.target, max_model_len=64,
+                kv_cache_dtype="fp8" if model == FP8_KV else "auto",
+            )
+        )  # fmt: skip
     folder = args.output / f"{model}-1-layer"
     folder.mkdir(parents=True, exist_ok=True)
     config = {**named_configs()[model], "num_hidden_layers": 1}
@@ -179,10 +188,12 @@ def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Checks in the order of what they tell, with the seconds each may take."""
     yield "load", 600
-    for model in (str(TRAINED), args.model):
+    for model in (str(TRAINED), args.model, FP8_KV):
         table, _ = read_archive(archive_of(bundle_of(args, model).library_path.read_bytes()))
         head = len(table.launches) - 3
         launches = [*range(6), head, head + 1, head + 2][: args.stop_after_op or None]
+        if model == FP8_KV:
+            launches = [i for i in launches if table.launches[i].slot.startswith(PAGED)]
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
     yield from (("model", 600), ("invariance", 600), ("speed", 1800), ("tune", 900))

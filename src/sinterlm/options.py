@@ -14,7 +14,7 @@ DTypeName = Literal["bf16", "fp32"]
 IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
 QuantizationName = Literal["int8", "int4", "fp8"]
 ActDTypeName = Literal["int8", "bf16", "fp8"]
-KvCacheDTypeName = Literal["auto", "bf16", "int8"]
+KvCacheDTypeName = Literal["auto", "bf16", "int8", "fp8"]
 
 #: Weights along k that may share a scale; 0 = all of an output channel.
 QUANT_GROUPS = (0, 32, 64, 128)
@@ -34,6 +34,16 @@ DTYPE_SPELLINGS: dict[str, Literal["auto", "bf16", "fp32"]] = {
     "float": "fp32",
 }
 
+#: Accepted spellings of ``--kv-cache-dtype``, vLLM's among them.
+KV_CACHE_DTYPE_SPELLINGS: dict[str, KvCacheDTypeName] = {
+    "auto": "auto",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+}
+
 
 @dataclass(frozen=True)
 class CompileOptions:
@@ -45,7 +55,8 @@ class CompileOptions:
     quant_group: int | None = None  #: one of QUANT_GROUPS; None = 128 for int8, 32 for int4
     #: GEMM operands beside coded weights; None = int8, on a GPU bf16.
     act_dtype: ActDTypeName | None = None
-    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head.
+    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head (CPU),
+    #: fp8 = e4m3 with two scales per layer, the checkpoint's or 1 (GPU).
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has

@@ -71,7 +71,7 @@ class Machine:
         manifest = SimpleNamespace(
             constants=model_constants(config), layout_hash=self.tiny.plan.layout.layout_hash,
             shape=model_shape(config), kv_bytes_per_token=config.num_layers * config.num_kv_heads
-            * config.head_dim * 4,
+            * config.head_dim * 2 * self.table.facts["kv_bytes"],
         )  # fmt: skip
         return SimpleNamespace(
             manifest=manifest, weights_path=self.weights, library_path=self.library,

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CALL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_int
 )
-SIZES = {"i32": 4, "i64": 8}
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 OUT_OF_MEMORY, NO_BINARY, NOT_ALLOWED_IN_CAPTURE, ILLEGAL_ADDRESS = 2, 209, 900, 700
 MAX_THREADS = 1024
 
@@ -382,7 +382,9 @@ class RecordingDriver:
         args: dict[str, Any] = {}
         types = SIGNATURES[kernel.name].types(kernel.constants)
         for (name, kind), value in zip(types.items(), launched.args, strict=False):
-            if kind in SIZES:
+            if kind == "fp32":
+                args[name] = struct.unpack("<f", struct.pack("<i", value))[0]
+            elif kind in SIZES:
                 args[name] = value
             elif value == 0:
                 args[name] = np.zeros(0, ELEMENTS[kind])

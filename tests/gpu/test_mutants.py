@@ -13,6 +13,7 @@ import pytest
 from sinterlm.backends.gpu import interpreter
 from tests.gpu import test_embed as embedding
 from tests.gpu import test_fp8 as activations
+from tests.gpu import test_fp8_kv as fp8_kv
 from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
 from tests.gpu.oplib import Tile
@@ -95,7 +96,35 @@ def _rounded(form: str) -> Callable[[], None]:
     return lambda: activations.test_residual(activations.FORMS[form], 37, 256, 128, tile)
 
 
+def _stored_in_fp8() -> None:
+    fp8_kv.test_what_is_stored(4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), "e4m3fn")
+
+
+def _saturated() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fp8_kv.test_what_is_too_large_becomes_the_largest("e4m3fnuz", "cvt", patch)
+
+
+def _read_in_fp8() -> None:
+    fp8_kv.test_attention_of_decoding_rows(5, 4, "e4m3fnuz")
+
+
 MUTANTS = [
+    Mutant("pages' scale left out", "attention.py", "saturated(a * inverse,", "saturated(a,",
+           _stored_in_fp8),
+    Mutant("v's scale of k", "attention.py", "k_inverse if part == GROUP else v_inverse",
+           "k_inverse", _stored_in_fp8),
+    Mutant("pages beyond other devices' largest", "fp8.py", "LARGEST_FN / 2 if FP8",
+           "LARGEST_FNUZ if FP8", _saturated),
+    Mutant("NaN becomes a number", "fp8.py", "tl.where(x > largest, largest, tl.where",
+           "tl.where(x != x, largest, tl.where", _saturated),
+    Mutant("scores without k's scale", "attention.py", "scale *= k_scale", "scale *= 1.0",
+           _read_in_fp8),
+    Mutant("output without v's scale", "attention.py", "result *= v_scale", "result *= 1.0",
+           _read_in_fp8),
+    Mutant("pages of other devices", "attention.py",
+           'tl.float8e4b8 if KV_FP8 == "e4m3fnuz" else tl.float8e4nv', "tl.float8e4nv",
+           _read_in_fp8),
     Mutant("last block of depth left out", "matmul.py", "(split + 1) * blocks // SPLIT * BK",
            "((split + 1) * blocks // SPLIT - 1) * BK", _residual),
     Mutant("bias left out", "matmul.py", "acc += tl.load(bias + n)", "acc += 0 * tl.load(bias + n)",

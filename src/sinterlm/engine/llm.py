@@ -33,11 +33,11 @@ from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import PromptError, ResourceError, UsageError
 from sinterlm.options import (
     DTYPE_SPELLINGS,
+    KV_CACHE_DTYPE_SPELLINGS,
     ActDTypeName,
     CompileOptions,
     EngineOptions,
     IsaName,
-    KvCacheDTypeName,
     QuantizationName,
 )
 from sinterlm.runtime.batch import Float32
@@ -65,7 +65,7 @@ class LLM:
         quantization: QuantizationName | None = None,
         quant_group: int | None = None,
         act_dtype: ActDTypeName | None = None,
-        kv_cache_dtype: KvCacheDTypeName = "auto",
+        kv_cache_dtype: str = "auto",
         target: str = "cpu",
         isa: IsaName | None = None,
         tiles: str | Path | None = None,
@@ -92,6 +92,9 @@ class LLM:
     ) -> None:
         if dtype not in DTYPE_SPELLINGS:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPE_SPELLINGS)}")
+        if kv_cache_dtype not in KV_CACHE_DTYPE_SPELLINGS:
+            known = ", ".join(KV_CACHE_DTYPE_SPELLINGS)
+            raise UsageError(f"kv_cache_dtype={kv_cache_dtype!r} is none of {known}")
         engine_options = EngineOptions(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -117,7 +120,7 @@ class LLM:
             quantization=quantization,
             quant_group=quant_group,
             act_dtype=act_dtype,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=KV_CACHE_DTYPE_SPELLINGS[kv_cache_dtype],
             target=target,
             isa=isa,
             tiles=None if tiles is None else Path(tiles),

@@ -183,7 +183,8 @@ def _tensor_at(plan: Plan, offset: int) -> PackedTensor:
 def nothing(tiles: TileTable) -> Trial:
     """A table without launches: opening it tells which device is there."""
     facts = {"layers": 1, "hidden": 64, "heads": 1, "kv_heads": 1, "head_dim": 32, "vocab": 64,
-             "max_seqs": 1, "warp": 32, "layout_hash": 0, "weights_bytes": _ALIGN}  # fmt: skip
+             "kv_bytes": 2, "max_seqs": 1, "warp": 32, "layout_hash": 0,
+             "weights_bytes": _ALIGN}  # fmt: skip
     return Trial(Table(tiles.target, facts, (), (), (), ()), Train(1, 0, 1, 1))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.operands import Operand, operand, unsupported
 from sinterlm.backends.gpu.signatures import SIGNATURES
@@ -71,6 +73,7 @@ class _Builder:
         check_shape(plan)
         self.plan, self.device, self.tiles = plan, device, tiles
         self.config = plan.graph.config
+        self.kv_fp8 = device.fp8 if plan.graph.kv_scales else ""
         self.kernels: list[Kernel] = []
         self.choices: list[Choice] = []
         self.slots: dict[str, tuple[object, ...]] = {}
@@ -91,7 +94,7 @@ class _Builder:
         return {
             "layers": c.num_layers, "hidden": c.hidden_size, "heads": c.num_heads,
             "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab": c.vocab_size,
-            "max_seqs": MAX_SEQS, "warp": self.device.warp,
+            "kv_bytes": 1 if self.kv_fp8 else 2, "max_seqs": MAX_SEQS, "warp": self.device.warp,
             "shared_bytes": self.device.shared_bytes, "layout_hash": layout.layout_hash,
             "weights_bytes": layout.nbytes,
         }  # fmt: skip
@@ -160,7 +163,9 @@ class _Builder:
         constants = {
             "H": h, "HKV": op.num_kv_heads, "GROUP": group, "D": dim, "EPS": op.eps,
             "QK_EPS": op.qk_eps, "HAS_BIAS": bias is not None, "QK_NORM": op.q_norm is not None,
+            "KV_FP8": self.kv_fp8, "KV_ROUNDING": self.device.rounding,
         }  # fmt: skip
+        k_scale, v_scale = self.kv_scales(op.layer)
         return self.gemm(
             "norm_qkv_rope_kv", op.kind, op.layer, op.num_kv_heads * (group + 2) * dim // 2, h, 2,
             constants, self.matrix(f"{at}.qkv"), dim // 2, op.q_norm is not None,
@@ -168,6 +173,7 @@ class _Builder:
             q_norm=self.weight(f"{at}.q_norm", op.q_norm),
             k_norm=self.weight(f"{at}.k_norm", op.k_norm),
             k_base=f"k:{op.layer}", v_base=f"v:{op.layer}",
+            k_inverse=number(1 / k_scale), v_inverse=number(1 / v_scale),
         )  # fmt: skip
 
     def residual(self, op: ops.OResidual | ops.DownResidual) -> Launch:
@@ -194,10 +200,11 @@ class _Builder:
             entry = self.tiles.of(which)[0]
             rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
             segments, is_decode = entry.tile["SEGMENTS"], kind == "decode"
+            keys, options = self.keys(entry, op.head_dim, is_decode)
             constants = {
                 "HKV": op.num_kv_heads, "GROUP": group, "D": op.head_dim, "SCALE": op.scale,
-                "WINDOW": op.window, "DECODE": is_decode, "SEQS": MAX_SEQS, "BM": rows,
-                "TILE": entry.tile["TILE"], "SEGMENTS": segments,
+                "WINDOW": op.window, "KV_FP8": self.kv_fp8, "DECODE": is_decode,
+                "SEQS": MAX_SEQS, "BM": rows, "TILE": keys, "SEGMENTS": segments,
                 "DRAIN": self.device.drain if segments > 1 else "",
             }  # fmt: skip
             blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
@@ -208,14 +215,41 @@ class _Builder:
                 self.need("part_o", "S", parts * op.head_dim)
                 self.need("part_ml", "S", parts * 2)
                 self.need("attention_counters", "S", op.num_kv_heads * 4)
-            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, entry.options,
-                        entry.source), constants, grid, "S", kind)  # fmt: skip
+            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, options, entry.source),
+                        constants, grid, "S", kind)  # fmt: skip
         has_parts = any(name == "part_o" for name, _ in self.scratch)
+        k_scale, v_scale = self.kv_scales(op.layer)
         bound = {"k_base": f"k:{op.layer}", "v_base": f"v:{op.layer}",
+                 "k_scale": number(k_scale), "v_scale": number(v_scale),
                  "counters": "buffer:attention_counters"}  # fmt: skip
         if not has_parts:
             bound |= dict.fromkeys(("part_o", "part_ml", "counters"), "null")
         return Launch(slot, op.layer, self.bind("attention", bound))
+
+    def kv_scales(self, layer: int) -> tuple[np.float32, np.float32]:
+        """What numbers of K and V in pages are times: e4m3fnuz has half of e4m3fn's values, so
+        scales are doubled, as those of weights are."""
+        if not self.kv_fp8:
+            return np.float32(1), np.float32(1)
+        k, v = self.plan.graph.kv_scales[layer]
+        factor = np.float32(2 if self.kv_fp8 == "e4m3fnuz" else 1)
+        return np.float32(k) * factor, np.float32(v) * factor
+
+    def keys(self, entry: Entry, head_dim: int, is_decode: bool) -> tuple[int, dict[str, Any]]:
+        """Keys of a tile, and options. In fp8 each thread loads 16 bytes for decoding rows, by
+        fewer warps where heads are narrow, and 8 for prompts, by more keys: registers end there.
+        Where fp8 is widened by whole numbers, which takes registers, a tile has half of the keys.
+        """
+        tile, options = entry.tile["TILE"], entry.options
+        warps, warp = options["num_warps"], self.device.warp
+        if not self.kv_fp8:
+            return tile, options
+        if is_decode:
+            if self.device.rounding == "bits" and head_dim > 64:
+                tile //= 2
+            most = max(1, tile * head_dim // 16 // warp)
+            return tile, {**options, "num_warps": min(warps, most)}
+        return max(tile, 8 * warps * warp // head_dim), options
 
     def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
         """Hidden states for whoever wants them, logits with the best of each block of them, and
@@ -339,6 +373,11 @@ class _Builder:
     def need(self, name: str, unit: Unit, nbytes: int) -> None:
         """Scratch memory, as large as the largest that asks."""
         self.scratch[name, unit] = max(self.scratch.get((name, unit), 0), nbytes)
+
+
+def number(value: np.float32) -> str:
+    """A scalar of a launch, in as many digits as tell it from its neighbours."""
+    return f"number:{float(np.float32(value))!r}"
 
 
 #: What a step brings, and what stays on the device between steps, with the unit each is sized by.

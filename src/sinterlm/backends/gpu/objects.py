@@ -137,10 +137,13 @@ def faults(made: Object, device: Device) -> list[str]:
     if "BM" in constants:  # whatever streams weights or pages
         if not facts["wide_loads"]:
             wrong.append("no load of 16 bytes")
-        # Codes are bytes, which Triton joins where it sees that it may; 16 columns (heads of 32)
-        # have too few for 8 warps.
-        if facts["byte_loads"] and constants.get("BN", 0) >= 32:
+        # Codes and fp8 are bytes, which Triton joins where it sees that it may; 16 columns (heads
+        # of 32) have too few for 8 warps.
+        reads_fp8 = bool(constants.get("KV_FP8")) and made.kernel.name == "attention"
+        if facts["byte_loads"] and (constants.get("BN", 0) >= 32 or reads_fp8):
             wrong.append(f"{facts['byte_loads']} loads of single bytes")
+        if constants.get("KV_FP8") and device.rounding == "cvt" and not facts["fp8_converts"]:
+            wrong.append("no instruction that converts fp8")
         is_native = constants.get("A_FP8") and constants["BM"] >= device.fp8_rows
         if is_native and not facts["fp8_matrix"]:
             wrong.append(f"no matrix instruction of fp8, but {facts['matrix']}")

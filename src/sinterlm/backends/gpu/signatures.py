@@ -1,8 +1,9 @@
 """The arguments of every GPU kernel that are not constants, with their types, in order.
 
-Pointers are ``*type``, scalars ``i32`` or ``i64``; ``*weight`` and ``*scale`` are what the matrix
-is stored in (``Signature.types``). All else in a kernel's signature is a constant that it is
-compiled for. One table for the compiler, the launch table, the interpreter and the host.
+Pointers are ``*type``, scalars ``i32``, ``i64`` or ``fp32``; ``*weight`` and ``*scale`` are what
+the matrix is stored in, ``*kv`` what pages hold (``Signature.types``). All else in a kernel's
+signature is a constant that it is compiled for. One table for the compiler, the launch table, the
+interpreter and the host.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ class Signature:
     args: dict[str, str]  #: type by name, in order
 
     def types(self, constants: Mapping[str, Any]) -> dict[str, str]:
-        """``args`` of a kernel compiled for ``constants``: codes are bytes, their scales fp16, or
-        fp32 where a column has one or codes are fp8."""
+        """``args`` of a kernel compiled for ``constants``: codes and fp8 are bytes, scales of codes
+        fp16, or fp32 where a column has one or codes are fp8."""
         in_codes = constants.get("BITS", 16) != 16
         in_fp16 = constants.get("W_GROUP", 0) and not constants.get("FP8", "")
         found = {
             "*weight": "*u8" if in_codes else "*bf16",
             "*scale": "*fp16" if in_fp16 else "*fp32",
+            "*kv": "*u8" if constants.get("KV_FP8", "") else "*bf16",
         }
         return {name: found.get(kind, kind) for name, kind in self.args.items()}
 
@@ -65,12 +67,12 @@ SIGNATURES: dict[str, Signature] = {
         Signature("norm_qkv_rope_kv", "attention", {
             "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "q_norm": "*fp32",
             "k_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i32",
-            "kv_slots": "*i32", "q": "*bf16", "k_base": "*bf16", "v_base": "*bf16", **_GEMM,
-            **_PAGED,
+            "kv_slots": "*i32", "q": "*bf16", "k_base": "*kv", "v_base": "*kv",
+            "k_inverse": "fp32", "v_inverse": "fp32", **_GEMM, **_PAGED,
         }),
         Signature("attention", "attention", {
-            "q": "*bf16", "y": "*bf16", "k_base": "*bf16", "v_base": "*bf16",
-            "page_table": "*i32", "query_start": "*i32", "context_lens": "*i32",
+            "q": "*bf16", "y": "*bf16", "k_base": "*kv", "v_base": "*kv", "k_scale": "fp32",
+            "v_scale": "fp32", "page_table": "*i32", "query_start": "*i32", "context_lens": "*i32",
             "part_o": "*fp32", "part_ml": "*fp32", "counters": "*i32", "num_seqs": "i32",
             "table_stride": "i32", **_PAGED,
         }),

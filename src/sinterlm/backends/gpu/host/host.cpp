@@ -12,8 +12,10 @@ namespace slg {
 inline std::string describe(const Table& t, const Model* m) {
   std::ostringstream out;
   out << "{\"abi_version\": " << SL_ABI_VERSION << ", \"isa\": \"" << t.device
-      << "\", \"dtype\": \"bf16\", \"kv_cache_dtype\": \"bf16\", \"layout_hash\": "
-      << t.facts.at("layout_hash") << ", \"weights_bytes\": " << t.facts.at("weights_bytes")
+      << "\", \"dtype\": \"bf16\", \"kv_cache_dtype\": \""
+      << (t.fact("kv_bytes") == 1 ? "fp8" : "bf16")
+      << "\", \"layout_hash\": " << t.facts.at("layout_hash")
+      << ", \"weights_bytes\": " << t.facts.at("weights_bytes")
       << ", \"shape\": {\"num_layers\": " << t.fact("layers")
       << ", \"hidden_size\": " << t.fact("hidden") << ", \"num_heads\": " << t.fact("heads")
       << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")

@@ -4,6 +4,7 @@
 #pragma once
 #include <cmath>
 #include <list>
+#include <locale>
 #include <set>
 
 #include "driver.h"
@@ -83,6 +84,7 @@ struct Model {
   std::vector<std::vector<void*>> blocks;    // of each launch: addresses of its arguments
   std::vector<void*> buffers;                // by buffer of the table
   std::list<void*> constants;                // addresses within the weights
+  std::list<float> numbers;                  // that the table tells
   Inputs inputs;
   Values values;
   PagedKv kv;
@@ -123,6 +125,7 @@ struct Model {
            : unit == 'S' ? args.max_seqs
                          : 1;
   }
+  int kv_bytes() const { return table.fact("kv_bytes"); }  // of an element of pages
   int max_pages() const { return (args.max_model_len + 15) / 16; }
 };
 
@@ -178,6 +181,12 @@ inline void* place_of(Model& m, const std::string& arg) {
   if (where == "weight") {
     m.constants.push_back(const_cast<char*>(m.weights) + std::stoll(name));
     return &m.constants.back();
+  }
+  if (where == "number") {
+    std::istringstream text(name);
+    text.imbue(std::locale::classic());
+    m.numbers.emplace_back();
+    return text >> m.numbers.back() ? &m.numbers.back() : nullptr;
   }
   if (where == "buffer") {
     for (size_t i = 0; i < m.table.buffers.size(); ++i)

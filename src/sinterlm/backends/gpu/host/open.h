@@ -233,7 +233,7 @@ inline sl_status bind(Model& m, const sl_bind_args& a) {
   return use_workspace(m, static_cast<char*>(a.workspace));
 }
 
-// Pages of the library's own: [layers][pages][heads][K, V][page_tokens][D] bf16.
+// Pages of the library's own: [layers][pages][heads][K, V][page_tokens][D], bf16 or fp8.
 inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
   if (a.num_pages < 1 || a.page_tokens < 16 || a.page_tokens % 16 != 0)
     return fail(SL_INVALID, "num_pages is %d and page_tokens %d, a multiple of 16", a.num_pages,
@@ -243,7 +243,7 @@ inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
                 a.page_tokens);
   SL_TRY(m.driver.make_current());
   const int64_t head = int64_t{2} * a.page_tokens * m.shape.D, page = head * m.shape.Hkv;
-  const int64_t layer = aligned(page * a.num_pages * 2);
+  const int64_t layer = aligned(page * a.num_pages * m.kv_bytes());
   m.kv_blocks.emplace_back();
   const sl_status made =
       m.kv_blocks.back().allocate(m.driver, layer * m.shape.num_layers, "the KV cache");
