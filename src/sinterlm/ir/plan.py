@@ -12,6 +12,8 @@ writes them down. Packed layouts:
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
 * ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side, in bf16; or in
   codes, as ``backends/gpu/kernels/codes.py`` and ``fp8.py`` beside it describe them.
+* ``pitched``: bf16 ``[N][K + 64]`` for a GPU vendor's GEMM library, which knows rows alone; the 64
+  columns of zeros keep rows off a stride of 512 bytes, which would meet one memory channel.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -24,8 +26,12 @@ from typing import Literal
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import GemmFormat
 
-#: How a target wants its GEMM operands.
-MatrixOrder = Literal["panels", "tiles"]
+#: How a target wants its GEMM operands; "pitched" = layers' matrices in bf16 so, others in tiles.
+MatrixOrder = Literal["panels", "tiles", "pitched"]
+Kind = Literal["panels", "tiles", "pitched", "rows", "vector"]
+
+#: Elements between the rows of a ``pitched`` matrix.
+PITCH_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class PackedTensor:
     """One tensor of the weights file. ``offset`` is a multiple of 64 bytes."""
 
     name: str  #: "embed", "lm_head", "final_norm", "layers.3.qkv", "layers.3.qkv_bias", …
-    kind: Literal["panels", "tiles", "rows", "vector"]
+    kind: Kind
     #: The last three: in codes, see ``format``.
     dtype: Literal["bf16", "fp32", "int8", "int4", "fp8"]
     n: int  #: columns (rows of an embedding table), padded
