@@ -81,7 +81,9 @@ SIGNATURES: dict[str, Signature] = {
         Signature("norm_gate_up_act", "mlp", {
             "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "h": "*bf16", **_GEMM,
         }),
-        Signature("vendor_gemm", "", {"a": "*bf16", "w": "*bf16", "sums": "*fp32"}),
+        Signature("vendor_gemm", "", {
+            "a": "*bf16", "w": "*bf16", "sums": "*fp32", "vendor_workspace": "*u8",
+        }),
         Signature("residual_epilogue", "epilogues", {
             "sums": "*fp32", "bias": "*fp32", "norm": "*fp32", "x": "*fp32", "xw": "*bf16",
             "ssq": "*fp32", "num_tokens": "i32",
