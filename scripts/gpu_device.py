@@ -13,7 +13,7 @@ from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.simulator import Part, Simulator
-from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Table
 from sinterlm.ir.bf16 import from_bf16
 from sinterlm.ir.graph import Rope
 from sinterlm.runtime.batch import RowSampling, StepBatch
@@ -130,7 +130,8 @@ def error_share(found: np.ndarray, want: np.ndarray, kind: str) -> float:
 
 def buffer_kinds(table: Table) -> dict[str, str]:
     """The element type of each buffer, by what kernels take it as."""
-    names = {choice.slot: table.kernels[choice.kernel].name for choice in table.choices}
+    names = {choice.slot: table.kernels[choice.kernel].name
+             for choice in table.choices if choice.kernel != LEFT_OUT}  # fmt: skip
     return {
         arg.partition(":")[2]: kind
         for launch in table.launches

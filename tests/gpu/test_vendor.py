@@ -42,7 +42,7 @@ def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
     return sums
 
 
-# -- kernels -----------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("triton")
@@ -162,7 +162,7 @@ def test_qkv_epilogue(group: int, kv_heads: int, dim: int, has_norm: bool) -> No
     assert stored() == 2 * rows * kv_heads * dim, "stray stores"
 
 
-# -- the table ---------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -208,7 +208,7 @@ def test_rows_unpack_to_what_was_packed() -> None:
     assert not packed.reshape(64, -1)[:, 129:].any()
 
 
-# -- whole models ------------------------------------------------------------------------------------
+# -- whole models ----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("triton")

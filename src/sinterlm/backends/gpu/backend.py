@@ -28,7 +28,7 @@ class GpuBackend:
     tiles: TileTable
     library_name: str = "model.so"
     source_name: str = "model.table"
-    weight_order: MatrixOrder = "tiles"
+    weight_order: MatrixOrder = "tiles"  #: "pitched" = for the vendor's GEMM
     act_dtype: ActDType | None = "graph"
 
     @property

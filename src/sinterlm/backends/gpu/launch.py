@@ -308,8 +308,8 @@ class _Builder:
             blocks = width // made["BN"]
         made["BM"] = entry.tile["BM"]
         self.leave_out(which, LEAST_ROWS - 1)
-        self.choose(which, layer, epilogue, entry, made, (Axis("T", made["BM"], blocks), _ONE, _ONE),
-                    "T")  # fmt: skip
+        grid = (Axis("T", made["BM"], blocks), _ONE, _ONE)
+        self.choose(which, layer, epilogue, entry, made, grid, "T")
         args = SIGNATURES[epilogue].args
         yield Launch(which, layer, self.bind(epilogue, {n: a for n, a in bound.items()
                                                         if n in args}))  # fmt: skip

@@ -1,4 +1,4 @@
-"""The vendor's GEMM in a launch table: which matrices it multiplies, at how many rows, and its twin.
+"""The vendor's GEMM in a launch table: what it multiplies, at how many rows, and its twin.
 
 The library (hipBLASLt, cuBLASLt) is opened by the host alone, when a bundle that asks for it is.
 It reads bf16 matrices as rows and leaves sums in fp32 for a kernel of ``kernels/epilogues.py``. Its

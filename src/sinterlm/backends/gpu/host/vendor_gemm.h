@@ -1,6 +1,6 @@
-// The vendor's GEMM library: hipBLASLt or cuBLASLt, opened when a table asks for it, so that nothing
-// of either is needed to build or to load this library. Handle, descriptors, layouts and algorithms
-// are made when a model is opened: a step makes one call, which a graph may hold.
+// The vendor's GEMM library: hipBLASLt or cuBLASLt, opened when a table asks for it, so that
+// nothing of either is needed to build or to load this library. Handle, descriptors, layouts and
+// algorithms are made when a model is opened: a step makes one call, which a graph may hold.
 #pragma once
 #include <map>
 #include <utility>
@@ -12,25 +12,25 @@ namespace slg {
 
 // field, hipBLASLt's name, cuBLASLt's name, arguments. Handles, descriptors, layouts, preferences,
 // algorithms and streams are void*, enumerations int; every call returns 0 or a code.
-#define SL_GEMM_CALLS(X)                                                                           \
-  X(create, hipblasLtCreate, cublasLtCreate, (void**))                                             \
-  X(destroy, hipblasLtDestroy, cublasLtDestroy, (void*))                                           \
-  X(desc_create, hipblasLtMatmulDescCreate, cublasLtMatmulDescCreate, (void**, int, int))          \
-  X(desc_set, hipblasLtMatmulDescSetAttribute, cublasLtMatmulDescSetAttribute,                     \
-    (void*, int, const void*, size_t))                                                             \
-  X(desc_destroy, hipblasLtMatmulDescDestroy, cublasLtMatmulDescDestroy, (void*))                  \
-  X(layout_create, hipblasLtMatrixLayoutCreate, cublasLtMatrixLayoutCreate,                        \
-    (void**, int, uint64_t, uint64_t, int64_t))                                                    \
-  X(layout_destroy, hipblasLtMatrixLayoutDestroy, cublasLtMatrixLayoutDestroy, (void*))            \
-  X(preference_create, hipblasLtMatmulPreferenceCreate, cublasLtMatmulPreferenceCreate, (void**))  \
-  X(preference_set, hipblasLtMatmulPreferenceSetAttribute, cublasLtMatmulPreferenceSetAttribute,   \
-    (void*, int, const void*, size_t))                                                             \
-  X(preference_destroy, hipblasLtMatmulPreferenceDestroy, cublasLtMatmulPreferenceDestroy,         \
-    (void*))                                                                                       \
-  X(heuristic, hipblasLtMatmulAlgoGetHeuristic, cublasLtMatmulAlgoGetHeuristic,                    \
-    (void*, void*, void*, void*, void*, void*, void*, int, void*, int*))                           \
-  X(matmul, hipblasLtMatmul, cublasLtMatmul,                                                       \
-    (void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*,  \
+#define SL_GEMM_CALLS(X)                                                                          \
+  X(create, hipblasLtCreate, cublasLtCreate, (void**))                                            \
+  X(destroy, hipblasLtDestroy, cublasLtDestroy, (void*))                                          \
+  X(desc_create, hipblasLtMatmulDescCreate, cublasLtMatmulDescCreate, (void**, int, int))         \
+  X(desc_set, hipblasLtMatmulDescSetAttribute, cublasLtMatmulDescSetAttribute,                    \
+    (void*, int, const void*, size_t))                                                            \
+  X(desc_destroy, hipblasLtMatmulDescDestroy, cublasLtMatmulDescDestroy, (void*))                 \
+  X(layout_create, hipblasLtMatrixLayoutCreate, cublasLtMatrixLayoutCreate,                       \
+    (void**, int, uint64_t, uint64_t, int64_t))                                                   \
+  X(layout_destroy, hipblasLtMatrixLayoutDestroy, cublasLtMatrixLayoutDestroy, (void*))           \
+  X(preference_create, hipblasLtMatmulPreferenceCreate, cublasLtMatmulPreferenceCreate, (void**)) \
+  X(preference_set, hipblasLtMatmulPreferenceSetAttribute, cublasLtMatmulPreferenceSetAttribute,  \
+    (void*, int, const void*, size_t))                                                            \
+  X(preference_destroy, hipblasLtMatmulPreferenceDestroy, cublasLtMatmulPreferenceDestroy,        \
+    (void*))                                                                                      \
+  X(heuristic, hipblasLtMatmulAlgoGetHeuristic, cublasLtMatmulAlgoGetHeuristic,                   \
+    (void*, void*, void*, void*, void*, void*, void*, int, void*, int*))                          \
+  X(matmul, hipblasLtMatmul, cublasLtMatmul,                                                      \
+    (void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, \
      void*, void*, void*, const void*, void*, size_t, void*))
 
 // What a heuristic answers, by vendor: an algorithm, and what it needs.
@@ -55,10 +55,10 @@ struct GemmNumbers {
   int compute_fp32, op_n, op_t, transpose_a, transpose_b;
 };
 constexpr GemmNumbers kHipGemm{2, 111, 112, 0, 1}, kCudaGemm{68, 0, 1, 3, 4};
-constexpr int kFp32 = 0, kBf16 = 14;   // data types, of both
-constexpr int kMostWorkspace = 1;      // attribute of a preference, of both
-constexpr int kAlignmentB = 6;         // attribute of a preference, of CUDA's
-constexpr uint32_t kInputAlign = 64;   // bytes, of activations; all else is aligned to 256
+constexpr int kFp32 = 0, kBf16 = 14;  // data types, of both
+constexpr int kMostWorkspace = 1;     // attribute of a preference, of both
+constexpr int kAlignmentB = 6;        // attribute of a preference, of CUDA's
+constexpr uint32_t kInputAlign = 64;  // bytes, of activations; all else is aligned to 256
 constexpr int kGemmNoMemory = 3, kGemmNotSupported = 15;
 
 class VendorGemm {
@@ -216,7 +216,8 @@ class VendorGemm {
     if (code == 0 && !hip_)
       code = preference_set(preference, kAlignmentB, &kInputAlign, sizeof kInputAlign);
     if (code == 0)
-      code = heuristic(handle_, desc_, p->w, p->a, p->sums, p->sums, preference, 1, &answer, &found);
+      code =
+          heuristic(handle_, desc_, p->w, p->a, p->sums, p->sums, preference, 1, &answer, &found);
     preference_destroy(preference);
     if (code != kGemmNotSupported) SL_TRY(check(code, "choosing an algorithm"));
     const int state = hip_ ? answer.hip.state : answer.cuda.state;

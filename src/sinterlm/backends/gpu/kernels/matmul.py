@@ -1,8 +1,8 @@
 """GEMM of few or many rows by packed tiles, and the projection back to the residual stream.
 
 W[N, K] in bf16 lies as [N/64][K/64][64 columns][64 of k]: whatever a program loads is contiguous in
-pieces of 8 KB, so that no row stride meets the same memory channel again and again. Where a vendor's
-library reads it too (W_PITCH > 0) it lies as [N][W_PITCH], of which K count. Codes (BITS 4
+pieces of 8 KB, so that no row stride meets the same memory channel again and again. Where a
+vendor's library reads it too (W_PITCH > 0) it lies as [N][W_PITCH], of which K count. Codes (BITS 4
 or 8) lie as ``codes.py`` says, fp8 numbers (BITS 8 and FP8) as ``fp8.py`` does. Sums are fp32. With
 SPLIT > 1 several programs share a tile's depth; the last one to arrive adds their sums in the order
 of the splits, so the result does not depend on who that is.
