@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sinterlm.backends.gpu.simulator import Part, Simulator
-from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Choice, Table
+from sinterlm.backends.gpu.vendor import LEAST_ROWS
 from sinterlm.compile import model_constants, model_shape
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
@@ -37,19 +38,33 @@ def build_driver(folder: Path, vendor: str) -> Path:
     return out
 
 
+def build_gemm(folder: Path, vendor: str) -> Path:
+    """The fake GEMM library of ``hip`` or ``cuda``."""
+    out = folder / ("libhipblaslt.so" if vendor == "hip" else "libcublasLt.so.12")
+    sources = (ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
+                                                   "artifact"))  # fmt: skip
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-DFAKE_{vendor.upper()}"]
+    command += [f"-I{path}" for path in sources]
+    subprocess.run([*command, ROOT / "tests/gpu/fake_gemm.cpp", "-o", out], check=True)
+    return out
+
+
 def for_few_rows(table: Table) -> Table:
-    """The kernels that steps of at most 16 tokens need: others would only be compiled."""
-    chosen: dict[tuple[str, str], int] = {}
+    """The kernels that steps of at most 16 tokens need, and of 256 and more where a vendor's GEMM
+    is used: others would only be compiled."""
+    of_vendor = {choice.slot for choice in table.choices if choice.kernel == LEFT_OUT}
+    chosen: dict[tuple[str, str], Choice] = {}
     for choice in table.choices:
-        chosen.setdefault((choice.slot, choice.kind), choice.kernel)
-    kept = sorted(set(chosen.values()))
+        most = LEAST_ROWS - 1 if choice.slot in of_vendor else 0
+        chosen.setdefault((choice.slot, choice.kind), replace(choice, most=most))
+    choices = [*chosen.values()]
+    choices += [c for c in table.choices if c.slot in of_vendor and c.most == 0]
+    kept = sorted({c.kernel for c in choices} - {LEFT_OUT})
     return replace(
         table,
         kernels=tuple(replace(table.kernels[old], id=new) for new, old in enumerate(kept)),
         choices=tuple(
-            replace(c, kernel=kept.index(c.kernel), most=0)
-            for c in table.choices
-            if chosen[c.slot, c.kind] == c.kernel
+            c if c.kernel == LEFT_OUT else replace(c, kernel=kept.index(c.kernel)) for c in choices
         ),
     )
 

@@ -306,7 +306,8 @@ class _Builder:
             width = made.get("F", columns)
             made["BN"] = divisor(entry.tile["BN"], width)
             blocks = width // made["BN"]
-        made["BM"] = entry.tile["BM"]
+        # More rows where there are fewer columns: each thread loads 16 bytes.
+        made["BM"] = max(entry.tile["BM"] * entry.tile["BN"] // made["BN"], 1)
         self.leave_out(which, LEAST_ROWS - 1)
         grid = (Axis("T", made["BM"], blocks), _ONE, _ONE)
         self.choose(which, layer, epilogue, entry, made, grid, "T")
