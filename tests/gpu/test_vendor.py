@@ -3,6 +3,8 @@ and whole models whose prompts are multiplied by its twin."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from sinterlm.backends.gpu.interpreter import run_kernel
 from sinterlm.backends.gpu.launch import launch_table
 from sinterlm.backends.gpu.simulator import Part
 from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.backends.gpu.vendor import LEAST_ROWS, WORKSPACE_BYTES, multiply, rows_of
 from sinterlm.ir.bf16 import error_bound, from_bf16, round_bf16, to_bf16
 from sinterlm.ir.plan import PITCH_PADDING
@@ -19,6 +22,7 @@ from sinterlm.ir.reference import RefBatch, RefCache, Reference
 from sinterlm.ir.reference_ops import silu
 from sinterlm.passes.packing import pack, unpack
 from sinterlm.passes.pipeline import plan
+from sinterlm.tune.tasks import tasks_of
 from tests.gpu import oplib
 from tests.gpu import test_kernels as kernels
 from tests.gpu.models import CONFIGS, tiny
@@ -30,13 +34,13 @@ ROWS = {"T": 300, "R": 1, "S": 1, "N": 0}
 
 
 def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
-    """a[T, K], w[N, K] -> sums [T + 1, N] by the twin, N padded; one more row is poisoned, as is
-    what lies between the rows of w."""
+    """a[T, K], w[N, K] -> sums [T + 1, N] by the twin, N padded. One more row is ones, as rows of
+    padding hold anything; what lies between the rows of w is NaN."""
     count, k = a.shape
     packed = np.full((-(-len(w) // 64) * 64, k + PITCH_PADDING), oplib.NAN16)
     packed[:, :k] = 0
     packed[: len(w), :k] = to_bf16(w)
-    sums = nan32(count + 1, len(packed))
+    sums = np.ones((count + 1, len(packed)), np.float32)
     shape = {"N": len(packed), "K": k, "W_PITCH": k + PITCH_PADDING}
     multiply(to_bf16(a).reshape(-1), packed.reshape(-1), sums.reshape(-1), rows or count, shape)
     return sums
@@ -63,7 +67,7 @@ def test_the_twin_multiplies(rows: int, k: int, n: int) -> None:
     a, w = data(rows, k, n)
     sums = sums_of(a, w)
     assert np.all(np.abs(sums[:-1, :n] - exact(a, w)) <= error_bound(a, w) + 1e-6)
-    assert not sums[:-1, n:].any() and np.isnan(sums[-1]).all()
+    assert not sums[:-1, n:].any() and np.all(sums[-1] == 1)
 
 
 def test_rows_are_rounded_up_and_end_where_buffers_do() -> None:
@@ -79,7 +83,8 @@ def test_residual_epilogue(rows: int, n: int, block: int, has_bias: bool) -> Non
     a, w = data(rows, 128, n)
     rng = np.random.default_rng(1)
     bias, norm, old = (rng.normal(size=s).astype("f4") for s in (n, n, (rows, n)))
-    x, xw, ssq = np.concatenate([old, nan32(1, n)]), nan16(rows + 1, n), nan32(rows + 1, n // 16)
+    x = np.concatenate([old, np.full((1, n), 7, np.float32)])
+    xw, ssq = nan16(rows + 1, n), nan32(rows + 1, n // 16)
     run_kernel(
         "residual_epilogue", (-(-rows // 4) * (n // block),),
         {"sums": sums_of(a, w), "bias": bias if has_bias else nan32(n), "norm": norm, "x": x,
@@ -91,7 +96,7 @@ def test_residual_epilogue(rows: int, n: int, block: int, has_bias: bool) -> Non
     assert np.array_equal(from_bf16(xw[:-1]), round_bf16(x[:-1] * norm))
     want = (x[:-1].astype("f8") ** 2).reshape(rows, -1, 16).sum(-1)
     assert np.allclose(ssq[:-1], want, rtol=1e-6)
-    assert np.isnan(x[-1]).all() and np.isnan(ssq[-1]).all() and (xw[-1] == oplib.NAN16).all()
+    assert np.all(x[-1] == 7) and np.isnan(ssq[-1]).all() and (xw[-1] == oplib.NAN16).all()
 
 
 @pytest.mark.usefixtures("triton")
@@ -206,6 +211,22 @@ def test_rows_unpack_to_what_was_packed() -> None:
     matrix = model.weights[down.segments[0].weight]
     assert np.array_equal(columns[:, :129], to_bf16(matrix)) and not columns[:, 129:].any()
     assert not packed.reshape(64, -1)[:, 129:].any()
+
+
+def test_tuning_takes_our_kernels_and_leaves_the_vendors() -> None:
+    """The last entry of a GEMM is for any number of rows, though it is used below 256 alone."""
+    model, device, tiles = tiny("qwen3", "gfx942", order="pitched"), "gfx942", read_tiles("gfx942")
+    tasks = tasks_of(model.plan, DEVICES[device], tiles, (), (1, 200, 512))
+    named = {task.name: task for task in tasks}
+    assert named["o_residual any"].rows == (200,) and named["o_residual <= 16"].rows == (1,)
+    assert not any(task.start.is_vendor or "epilogue" in task.start.name for task in tasks)
+    task = named["down_residual any"]
+    trial = task.trial(task.start)
+    assert not trial.table.uses_vendor and len(trial.table.launches) == 1
+    found = replace(tiles, entries=(task.entry(task.start, "measured"), *tiles.entries))
+    table = launch_table(model.plan, DEVICES[device], found)
+    used = table.kernel_of("down_residual", {**ROWS, "T": LEAST_ROWS - 1}, False)
+    assert used is not None and used.source == "measured"
 
 
 # -- whole models ----------------------------------------------------------------------------------

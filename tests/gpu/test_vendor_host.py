@@ -4,25 +4,31 @@ model is opened, what a step calls, and what a graph holds."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sinterlm import LLM, SamplingParams, cli
 from sinterlm.artifact.memo import Memo
 from sinterlm.backends.gpu.devices import DEVICES
-from sinterlm.backends.gpu.library import compile_host, join
+from sinterlm.backends.gpu.library import archive_of, compile_host, join
 from sinterlm.backends.gpu.objects import archive, compile_objects, read_archive
 from sinterlm.backends.gpu.simulator import Part, Simulator
 from sinterlm.backends.gpu.vendor import WORKSPACE_BYTES
-from sinterlm.errors import BundleError, ResourceError, RuntimeFault
+from sinterlm.compile import compile_model
+from sinterlm.errors import BundleError, ResourceError, RuntimeFault, UsageError
+from sinterlm.options import CompileOptions
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.device_probe import device_memory
 from sinterlm.runtime.model import Model
 from sinterlm.runtime.opening import StepSizes
+from tests.conftest import ROOT
 from tests.gpu.host import Machine, build_driver, build_gemm, for_few_rows, steps_of
 from tests.gpu.models import tiny
 from tests.gpu.recording import Launched, RecordingDriver
@@ -31,6 +37,7 @@ from tests.gpu.test_borrowed import Caller
 
 pytestmark = pytest.mark.usefixtures("triton")
 
+TRAINED = ROOT / "tests/assets/tiny-llama"
 SIZES = {"max_tokens": 300, "max_seqs": 256, "max_sample_rows": 256, "max_model_len": 320,
          "num_slots": 256}  # fmt: skip
 
@@ -263,6 +270,37 @@ def test_a_prompt_that_fits_no_unit(machine: VendorMachine) -> None:
     assert machine.driver.faults == []
 
 
+@pytest.mark.slow
+def test_what_an_engineer_with_a_device_will_run(
+    machine: VendorMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step "vendor" of scripts/verify_gpu.py: each product and epilogue alone, and times."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    verify, device = import_module("verify_gpu"), import_module("gpu_device")
+    bundle = device.Device(machine.bundle(), **device.MANY_SIZES)
+    parts = [(i, launch.slot) for i, launch in enumerate(machine.table.launches)
+             if launch.layer == 0 and launch.slot.endswith((".product", ".epilogue"))]  # fmt: skip
+    assert len(parts) == 8
+    for launch, slot in parts:
+        errors = bundle.run_one(launch, "long")
+        assert {"buffer:x", "buffer:sums", "k:0"} <= set(errors)
+        assert not any(errors.values()), f"{slot}: the same twin on both sides"
+    bundle.model.close()
+    assert machine.driver.faults == []
+    # Launches one by one, and again: no order of the table's. Of ours, none has so many rows here.
+    monkeypatch.setattr(machine.driver, "_check_order", nothing)
+    monkeypatch.setattr(verify, "WARMUP_US", 0)
+    machine.driver.run, machine.driver.poison = nothing, 0
+    machine.gemm.rows.clear()
+    machine.gemm.most_tokens = max(verify.VENDOR_ROWS)
+    times = verify.vendor_times(machine.bundle(), machine.bundle())
+    assert set(times) == {"norm_qkv_rope_kv", "o_residual", "norm_gate_up_act", "down_residual"}
+    for rows in times.values():
+        assert rows == {str(n): [0.0, 1.0, 1.0] for n in verify.VENDOR_ROWS}
+    assert set(machine.gemm.rows) == set(verify.VENDOR_ROWS) and machine.driver.faults == []
+    assert verify.has_vendor_gemm(machine.driver.device.vendor)
+
+
 def _prompt(tokens: int, page_tokens: int) -> StepBatch:
     """One sequence from its beginning, in the first pages."""
     pages = np.arange(-(-tokens // page_tokens), dtype=np.int32)
@@ -272,3 +310,51 @@ def _prompt(tokens: int, page_tokens: int) -> StepBatch:
         page_table=pages[None, :], sample_rows=np.array([tokens - 1], np.int32),
         sampling=(RowSampling(position=tokens),), slots=np.zeros(1, np.int32),
     )  # fmt: skip
+
+
+# -- a trained model, from checkpoint to text -----------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gfx942", "sm_90"])
+def test_a_trained_model_answers_as_on_a_cpu(
+    target: str, tmp_path: Path, test_environment: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """``LLM`` with ``vendor_gemm``: a prompt of 256 tokens and more; the CPU's tokens."""
+    prompt = "The old man looked at the sea, and the boy looked at him. " * 17
+    options = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512,
+               "cache_dir": test_environment}  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with LLM(str(TRAINED), num_threads=1, kv_cache_memory_bytes=16 << 20, **options) as llm:
+        (want,) = llm.generate([prompt], greedy)
+    tokens = len(want.prompt_token_ids)
+    assert 256 <= tokens <= 400
+    made = CompileOptions(str(TRAINED), target=target, vendor_gemm=True, max_model_len=512,
+                          cache_dir=test_environment)  # fmt: skip
+    bundle = compile_model(made)
+    plain = compile_model(dataclasses.replace(made, vendor_gemm=False))
+    assert bundle.manifest.code_key != plain.manifest.code_key
+    assert bundle.manifest.weights_key != plain.manifest.weights_key
+    assert cli.main(["inspect", str(bundle.root)]) == 0
+    assert "multiplies norm_qkv_rope_kv, o_residual" in " ".join(capsys.readouterr().out.split())
+    table, objects = read_archive(archive_of(bundle.library_path.read_bytes()))
+    driver = RecordingDriver(DEVICES[target], table, [(o.kernel, o.code) for o in objects])
+    path = build_driver(tmp_path, DEVICES[target].vendor)
+    driver.attach(path)
+    monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(path))
+    gemm, path = RecordingGemm(driver, 512), build_gemm(tmp_path, DEVICES[target].vendor)
+    gemm.attach(path)
+    monkeypatch.setenv("SINTERLM_VENDOR_GEMM", str(path))
+    with LLM(str(TRAINED), target=target, vendor_gemm=True, num_threads=1, **options) as llm:
+        (found,) = llm.generate([prompt], greedy)
+    assert list(found.outputs[0].token_ids) == list(want.outputs[0].token_ids)
+    assert len(gemm.rows) == 4 * 6 and set(gemm.rows) == {-(-tokens // 128) * 128}
+    assert driver.faults == []
+
+
+def test_codes_alone_leave_the_vendor_nothing(tmp_path: Path) -> None:
+    asked = CompileOptions(str(TRAINED), target="gfx942", vendor_gemm=True, quantization="int4",
+                           cache_dir=tmp_path)  # fmt: skip
+    with pytest.raises(UsageError, match="--vendor-gemm multiplies matrices in bf16"):
+        compile_model(asked)
