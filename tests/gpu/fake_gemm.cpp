@@ -27,11 +27,11 @@ int ask(const char* name, A... a) {
 // What the vendors' documents say, as far as it is used.
 #ifdef FAKE_HIP
 #define NAME(rest) hipblasLt##rest
-enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };        // hipblasStatus_t
-enum ComputeType { COMPUTE_32F = 2 };                                     // hipblasComputeType_t
-enum Operation { OP_N = 111, OP_T = 112 };                                // hipblasOperation_t
-enum DescAttribute { DESC_TRANSA = 0, DESC_TRANSB = 1 };                  // …MatmulDescAttributes_t
-enum PreferenceAttribute { SEARCH_MODE = 0, MAX_WORKSPACE_BYTES = 1 };    // …PreferenceAttributes_t
+enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };      // hipblasStatus_t
+enum ComputeType { COMPUTE_32F = 2 };                                   // hipblasComputeType_t
+enum Operation { OP_N = 111, OP_T = 112 };                              // hipblasOperation_t
+enum DescAttribute { DESC_TRANSA = 0, DESC_TRANSB = 1 };                // …MatmulDescAttributes_t
+enum PreferenceAttribute { SEARCH_MODE = 0, MAX_WORKSPACE_BYTES = 1 };  // …PreferenceAttributes_t
 using Handle = void*;
 struct Algorithm {
   uint8_t data[16];
@@ -39,10 +39,10 @@ struct Algorithm {
 };
 #else
 #define NAME(rest) cublasLt##rest
-enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };        // cublasStatus_t
-enum ComputeType { COMPUTE_32F = 68 };                                    // cublasComputeType_t
-enum Operation { OP_N = 0, OP_T = 1 };                                    // cublasOperation_t
-enum DescAttribute { DESC_TRANSA = 3, DESC_TRANSB = 4 };                  // …MatmulDescAttributes_t
+enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };  // cublasStatus_t
+enum ComputeType { COMPUTE_32F = 68 };                              // cublasComputeType_t
+enum Operation { OP_N = 0, OP_T = 1 };                              // cublasOperation_t
+enum DescAttribute { DESC_TRANSA = 3, DESC_TRANSB = 4 };            // …MatmulDescAttributes_t
 enum PreferenceAttribute { MAX_WORKSPACE_BYTES = 1, MIN_ALIGNMENT_B_BYTES = 6 };
 using Handle = struct Context*;
 struct Algorithm {
@@ -116,8 +116,8 @@ constexpr bool same_shape() {
 #else
 #define VENDOR(hip, cuda) cuda
 #endif
-#define CHECK(field, hip, cuda, args)                                     \
-  static_assert(same_shape<int args, decltype(VENDOR(hip, cuda))>(),      \
+#define CHECK(field, hip, cuda, args)                                \
+  static_assert(same_shape<int args, decltype(VENDOR(hip, cuda))>(), \
                 #field " has another prototype");
 SL_GEMM_CALLS(CHECK)
 #undef CHECK
