@@ -1,6 +1,7 @@
 // A GEMM library of no device: the entry points of hipBLASLt or cuBLASLt that the host uses, with
 // the prototypes, structs and numbers of the vendors' public C interfaces, each handed to Python
-// (recording_gemm.py). -DFAKE_HIP or -DFAKE_CUDA.
+// (recording_gemm.py). -DFAKE_HIP or -DFAKE_CUDA. Types of data, and what hipBLASLt
+// shares with hipBLAS, are from the vendors' own headers.
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -26,10 +27,18 @@ int ask(const char* name, A... a) {
 
 // What the vendors' documents say, as far as it is used.
 #ifdef FAKE_HIP
+#define __HIP_PLATFORM_AMD__
+#include <hip/library_types.h>
+#include <hipblas-common/hipblas-common.h>
 #define NAME(rest) hipblasLt##rest
-enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };      // hipblasStatus_t
-enum ComputeType { COMPUTE_32F = 2 };                                   // hipblasComputeType_t
-enum Operation { OP_N = 111, OP_T = 112 };                              // hipblasOperation_t
+using Status = hipblasStatus_t;
+constexpr Status ALLOC_FAILED = HIPBLAS_STATUS_ALLOC_FAILED;
+constexpr Status NOT_SUPPORTED = HIPBLAS_STATUS_NOT_SUPPORTED;
+using ComputeType = hipblasComputeType_t;
+constexpr ComputeType COMPUTE_32F = HIPBLAS_COMPUTE_32F;
+constexpr hipblasOperation_t OP_N = HIPBLAS_OP_N, OP_T = HIPBLAS_OP_T;
+using DataType = hipDataType;
+constexpr DataType R_32F = HIP_R_32F, R_16BF = HIP_R_16BF;
 enum DescAttribute { DESC_TRANSA = 0, DESC_TRANSB = 1 };                // …MatmulDescAttributes_t
 enum PreferenceAttribute { SEARCH_MODE = 0, MAX_WORKSPACE_BYTES = 1 };  // …PreferenceAttributes_t
 using Handle = void*;
@@ -38,7 +47,10 @@ struct Algorithm {
   size_t max_workspace_bytes;
 };
 #else
+#include <library_types.h>
 #define NAME(rest) cublasLt##rest
+using DataType = cudaDataType;
+constexpr DataType R_32F = CUDA_R_32F, R_16BF = CUDA_R_16BF;
 enum Status { SUCCESS = 0, ALLOC_FAILED = 3, NOT_SUPPORTED = 15 };  // cublasStatus_t
 enum ComputeType { COMPUTE_32F = 68 };                              // cublasComputeType_t
 enum Operation { OP_N = 0, OP_T = 1 };                              // cublasOperation_t
@@ -49,7 +61,6 @@ struct Algorithm {
   uint64_t data[8];
 };
 #endif
-enum DataType { R_32F = 0, R_16BF = 14 };  // hipDataType, cudaDataType_t
 using Desc = struct OpaqueDesc*;
 using Layout = struct OpaqueLayout*;
 using Preference = struct OpaquePreference*;
@@ -131,7 +142,7 @@ static_assert(kNumbers.compute_fp32 == COMPUTE_32F && kNumbers.op_n == OP_N);
 static_assert(kNumbers.op_t == OP_T && kNumbers.transpose_a == DESC_TRANSA);
 static_assert(kNumbers.transpose_b == DESC_TRANSB && slg::kMostWorkspace == MAX_WORKSPACE_BYTES);
 static_assert(slg::kFp32 == R_32F && slg::kBf16 == R_16BF);
-static_assert(slg::kGemmNoMemory == ALLOC_FAILED && slg::kGemmNotSupported == NOT_SUPPORTED);
+static_assert(kNumbers.no_memory == ALLOC_FAILED && kNumbers.not_supported == NOT_SUPPORTED);
 #ifdef FAKE_CUDA
 static_assert(slg::kAlignmentB == MIN_ALIGNMENT_B_BYTES);
 #endif

@@ -25,26 +25,28 @@ PAGES = {0: [3, 9, 5], 1: [0, 7, 2], 2: [12, 1, 14]}
 PROMPTS = {0: [5, 17, 99, 3, 120, 8, 64], 1: [1], 2: [130, 22, 22]}
 
 
+def _includes() -> list[Path]:
+    """Headers of the vendors, which Triton's wheel brings, and ours."""
+    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
+    ours = ("backends/gpu/host", "backends/cpu/include", "artifact")
+    return [backends / "amd/include", backends / "nvidia/include",
+            *(ROOT / "src/sinterlm" / path for path in ours)]  # fmt: skip
+
+
 def build_driver(folder: Path, vendor: str) -> Path:
     """The fake driver of ``hip`` or ``cuda``, against the headers that Triton's wheel brings."""
-    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
     out = folder / ("libamdhip64.so" if vendor == "hip" else "libcuda.so.1")
-    includes = [backends / "amd/include", backends / "nvidia/include",
-                *(ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
-                                                      "artifact"))]  # fmt: skip
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-DFAKE_{vendor.upper()}"]
-    command += [f"-I{path}" for path in includes]
+    command += [f"-I{path}" for path in _includes()]
     subprocess.run([*command, ROOT / "tests/gpu/fake_driver.cpp", "-o", out], check=True)
     return out
 
 
 def build_gemm(folder: Path, vendor: str) -> Path:
-    """The fake GEMM library of ``hip`` or ``cuda``."""
+    """The fake GEMM library of ``hip`` or ``cuda``, against what Triton's wheel brings of it."""
     out = folder / ("libhipblaslt.so" if vendor == "hip" else "libcublasLt.so.12")
-    sources = (ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
-                                                   "artifact"))  # fmt: skip
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-DFAKE_{vendor.upper()}"]
-    command += [f"-I{path}" for path in sources]
+    command += [f"-I{path}" for path in _includes()]
     subprocess.run([*command, ROOT / "tests/gpu/fake_gemm.cpp", "-o", out], check=True)
     return out
 

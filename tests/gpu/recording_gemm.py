@@ -18,7 +18,9 @@ from sinterlm.backends.gpu.table import Kernel
 from sinterlm.backends.gpu.vendor import VENDOR_GEMM, multiply
 from tests.gpu.recording import CALL, Fault, Launched, RecordingDriver
 
-NOT_INITIALISED, INVALID, NOT_SUPPORTED, INTERNAL = 1, 7, 15, 14
+#: What cuBLASLt answers, and hipBLASLt in its place.
+NO_MEMORY, INVALID, EXECUTION, INTERNAL, NOT_SUPPORTED = 3, 7, 13, 14, 15
+HIP_CODES = {NO_MEMORY: 2, INVALID: 3, EXECUTION: 5, INTERNAL: 6, NOT_SUPPORTED: 7}
 FP32, BF16 = 0, 14
 #: Compute type, not transposed, transposed, the attributes that transpose A and B; by vendor, as
 #: the next one: bytes of an algorithm.
@@ -61,7 +63,7 @@ class RecordingGemm:
     handles: dict[int, Any] = field(default_factory=dict)
     algorithms: dict[int, Algorithm] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)  #: of each product of a step
-    fails: dict[str, int] = field(default_factory=dict)  #: code to answer a call with
+    fails: dict[str, int] = field(default_factory=dict)  #: cuBLASLt's code to answer a call with
     finds_none: bool = False
     needed: int = NEEDED
 
@@ -75,7 +77,7 @@ class RecordingGemm:
         call = name.decode()
         self.calls.append(call)
         if call in self.fails:
-            return self.fails[call]
+            return self.code(self.fails[call])
         try:
             if call != "matmul":
                 self.driver._not_in_capture()  # a library may allocate, or ask the device
@@ -83,11 +85,15 @@ class RecordingGemm:
             method(*words[:count])
         except Fault as fault:
             self.driver.faults.append(f"{call}: {fault.why}")
-            return fault.code
+            return self.code(fault.code)
         except Exception as exc:  # a ctypes callback would print it and answer 0
             self.driver.faults.append(f"{call}: {type(exc).__name__}: {exc}")
-            return INTERNAL
+            return self.code(INTERNAL)
         return 0
+
+    def code(self, code: int) -> int:
+        """What this vendor answers in place of cuBLASLt's ``code``."""
+        return HIP_CODES.get(code, code) if self.vendor == "hip" else code
 
     # -- what is made ------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 from tests.gpu.host import Machine, build_driver, build_gemm, for_few_rows, steps_of
 from tests.gpu.models import tiny
 from tests.gpu.recording import Launched, RecordingDriver
-from tests.gpu.recording_gemm import RecordingGemm
+from tests.gpu.recording_gemm import EXECUTION, NO_MEMORY, NOT_SUPPORTED, RecordingGemm
 from tests.gpu.test_borrowed import Caller
 
 pytestmark = pytest.mark.usefixtures("triton")
@@ -233,14 +233,17 @@ def test_what_is_wrong_is_said(machine: VendorMachine, monkeypatch: pytest.Monke
     with pytest.raises(BundleError, match="has no algorithm"):
         machine.open()
     machine.gemm.needed = 0
-    machine.gemm.fails = {"create": 3}
-    with pytest.raises(ResourceError, match=rf"{name} of .*: error 3 while opening it"):
+    machine.gemm.fails = {"heuristic": NOT_SUPPORTED}
+    with pytest.raises(BundleError, match="has no algorithm"):
+        machine.open()
+    machine.gemm.fails, code = {"create": NO_MEMORY}, machine.gemm.code(NO_MEMORY)
+    with pytest.raises(ResourceError, match=rf"{name} of .*: error {code} while opening it"):
         machine.open()
     machine.gemm.fails = {}
     with machine.open() as model:
         model.alloc_kv(256, 16)
-        machine.gemm.fails = {"matmul": 13}
-        with pytest.raises(RuntimeFault, match=rf"{name} of .*: error 13 while multiplying"):
+        machine.gemm.fails, code = {"matmul": EXECUTION}, machine.gemm.code(EXECUTION)
+        with pytest.raises(RuntimeFault, match=rf"{name} of .*: error {code} while multiplying"):
             model.step(decodes(0))
     machine.gemm.fails = {}
     monkeypatch.setenv("SINTERLM_VENDOR_GEMM", "/nowhere/libnone.so")

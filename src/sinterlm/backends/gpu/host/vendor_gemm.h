@@ -50,16 +50,15 @@ struct CudaAnswer {
   int reserved[4];
 };
 
-// Numbers of the vendors' enumerations.
+// Numbers of the vendors' enumerations; the last two are what a call answers.
 struct GemmNumbers {
-  int compute_fp32, op_n, op_t, transpose_a, transpose_b;
+  int compute_fp32, op_n, op_t, transpose_a, transpose_b, no_memory, not_supported;
 };
-constexpr GemmNumbers kHipGemm{2, 111, 112, 0, 1}, kCudaGemm{68, 0, 1, 3, 4};
+constexpr GemmNumbers kHipGemm{2, 111, 112, 0, 1, 2, 7}, kCudaGemm{68, 0, 1, 3, 4, 3, 15};
 constexpr int kFp32 = 0, kBf16 = 14;  // data types, of both
 constexpr int kMostWorkspace = 1;     // attribute of a preference, of both
 constexpr int kAlignmentB = 6;        // attribute of a preference, of CUDA's
 constexpr uint32_t kInputAlign = 64;  // bytes, of activations; all else is aligned to 256
-constexpr int kGemmNoMemory = 3, kGemmNotSupported = 15;
 
 class VendorGemm {
  public:
@@ -88,7 +87,7 @@ class VendorGemm {
       if (b.name == "vendor_workspace") workspace_bytes_ = static_cast<size_t>(b.bytes);
     SL_TRY(load(t.fact("vendor_least_rows")));
     SL_TRY(check(create(&handle_), "opening it"));
-    const GemmNumbers& n = hip_ ? kHipGemm : kCudaGemm;
+    const GemmNumbers& n = numbers();
     SL_TRY(check(desc_create(&desc_, n.compute_fp32, kFp32), "describing a product"));
     const int32_t op_t = n.op_t, op_n = n.op_n;
     SL_TRY(check(desc_set(desc_, n.transpose_a, &op_t, sizeof op_t), "describing a product"));
@@ -144,6 +143,8 @@ class VendorGemm {
     uint64_t algorithm[8];
   };
 
+  const GemmNumbers& numbers() const { return hip_ ? kHipGemm : kCudaGemm; }
+
   sl_status load(int least_rows) {
     static const char* const hip_names[] = {"libhipblaslt.so", "libhipblaslt.so.1",
                                             "libhipblaslt.so.0", nullptr};
@@ -172,7 +173,7 @@ class VendorGemm {
 
   sl_status check(int code, const char* doing) const {
     if (code == 0) return SL_OK;
-    return fail(code == kGemmNoMemory ? SL_NO_MEMORY : SL_INTERNAL,
+    return fail(code == numbers().no_memory ? SL_NO_MEMORY : SL_INTERNAL,
                 "%s of %s: error %d while %s; compile the model again without --vendor-gemm to do "
                 "without it",
                 name(), library_.path().c_str(), code, doing);
@@ -219,7 +220,7 @@ class VendorGemm {
       code =
           heuristic(handle_, desc_, p->w, p->a, p->sums, p->sums, preference, 1, &answer, &found);
     preference_destroy(preference);
-    if (code != kGemmNotSupported) SL_TRY(check(code, "choosing an algorithm"));
+    if (code != numbers().not_supported) SL_TRY(check(code, "choosing an algorithm"));
     const int state = hip_ ? answer.hip.state : answer.cuda.state;
     const size_t needed = hip_ ? answer.hip.workspace : answer.cuda.workspace;
     if (code != 0 || found < 1 || state != 0 || needed > workspace_bytes_)
