@@ -10,10 +10,8 @@ writes them down. Packed layouts:
   them, so that one stream feeds a worker. 8 bits: ``[group/4][64][4]`` bytes. 4 bits:
   ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
-* ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side, in bf16; or in
-  codes, as ``backends/gpu/kernels/codes.py`` and ``fp8.py`` beside it describe them.
-* ``pitched``: bf16 ``[N][K + 64]`` for a GPU vendor's GEMM library, which knows rows alone; the 64
-  columns of zeros keep rows off a stride of 512 bytes, which would meet one memory channel.
+* ``tiles``:  a GPU's, bf16 ``[N/64][K/64][64][64]``; codes as ``backends/gpu/kernels`` has them.
+* ``pitched``: bf16 ``[N][K + 64]``, for a GPU vendor's GEMM library, which knows rows alone.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -30,7 +28,8 @@ from sinterlm.ir.quant import GemmFormat
 MatrixOrder = Literal["panels", "tiles", "pitched"]
 Kind = Literal["panels", "tiles", "pitched", "rows", "vector"]
 
-#: Elements between the rows of a ``pitched`` matrix.
+#: Zeros between the rows of a ``pitched`` matrix, which keep them off strides of a multiple of 512
+#: bytes: such rows begin at one memory channel.
 PITCH_PADDING = 64
 
 

@@ -7,13 +7,12 @@ the host read it; the code objects follow behind the line ``end`` (see ``objects
     buffer NAME UNIT BYTES OFFSET                 BYTES per unit at OFFSET of the unit's arena
     kernel ID NAME X Y Z JSON                     grid, and what it is compiled for
     launch SLOT LAYER ARG …                       in the order of a step
-    choice SLOT UNIT MOST KIND KERNEL             which kernel fills a slot; the first that fits
+    choice SLOT UNIT MOST KIND KERNEL             what fills a slot, the first that fits; -1 = none
     product KERNEL N K W_PITCH                    that it is the vendor's GEMM (``vendor.py``)
 
 Units: T tokens, R sampled rows, S sequences, N tokens whose hidden states are given out (all or
 none), 1 once. An axis of a grid is SYMBOL/PER*TIMES: TIMES for each PER units begun, and ``+S`` one
-more per sequence; a launch whose grid is empty, or whose slot's choice is -1, is left out. An
-argument is ``buffer:NAME``,
+more per sequence; a launch whose grid is empty is left out. An argument is ``buffer:NAME``,
 ``weight:OFFSET``, ``input:NAME``, ``k:LAYER``, ``v:LAYER``, ``value:NAME`` or ``null``.
 """
 
