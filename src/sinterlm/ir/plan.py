@@ -28,8 +28,8 @@ from sinterlm.ir.quant import GemmFormat
 MatrixOrder = Literal["panels", "tiles", "pitched"]
 Kind = Literal["panels", "tiles", "pitched", "rows", "vector"]
 
-#: Zeros between the rows of a ``pitched`` matrix, which keep them off strides of a multiple of 512
-#: bytes: such rows begin at one memory channel.
+#: Zeros between the rows of a ``pitched`` matrix: rows of a multiple of 256 elements, as nearly all
+#: models have, would else lie multiples of 512 bytes apart and begin at one memory channel.
 PITCH_PADDING = 64
 
 
