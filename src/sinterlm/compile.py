@@ -210,6 +210,11 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
             f"--act-dtype {act} says what stands beside quantised weights, and there are none; "
             f"give --quantization {'fp8' if act == 'fp8' else 'int8 or int4'}"
         )
+    if job.options.vendor_gemm and all(t.kind != "pitched" for t in made.layout.tensors):
+        raise UsageError(
+            "--vendor-gemm multiplies matrices in bf16, and all of the layers' are in codes, "
+            "which our own kernels read: leave it out"
+        )
     return made
 
 

@@ -62,6 +62,9 @@ class CompileOptions:
     isa: IsaName | None = None  #: None = the widest level this machine has
     #: Tile table of a GPU; None = the one that ``sinterlm tune`` left in the cache, or the shipped.
     tiles: Path | None = None
+    #: A GPU's steps of 256 tokens and more multiply bf16 matrices by hipBLASLt or cuBLASLt, whose
+    #: bits depend on the batch.
+    vendor_gemm: bool = False
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights
     seed: int = 0  #: seed of the dummy weights
     max_model_len: int | None = None  #: tokens; None = the checkpoint's own maximum

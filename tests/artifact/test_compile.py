@@ -290,6 +290,7 @@ def test_a_bundle_is_a_model(world: World) -> None:
         ({"revision": "main"}, "revision.*a bundle"),
         ({"dump_dir": Path("dumps")}, "dump_dir.*a bundle"),
         ({"code_only": True}, "code_only.*a bundle"),
+        ({"vendor_gemm": True}, "vendor_gemm.*a bundle"),
     ],
 )
 def test_a_bundle_stays_what_it_is(world: World, changes: dict[str, object], told: str) -> None:
@@ -325,6 +326,7 @@ def test_pin_of_a_compiled_model(world: World) -> None:
         ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype 'fp4' is not.*auto, bf16, int8, fp8"),
         ({"kv_cache_dtype": "bf16", "dtype": "fp32"}, "--kv-cache-dtype bf16.*auto or int8"),
         ({"target": "tpu"}, "'tpu' is not supported; supported: cpu, gfx942"),
+        ({"vendor_gemm": True}, "--vendor-gemm is for a GPU; give its --target"),
         ({"dtype": "fp16"}, "'fp16' is not supported; supported: auto, bf16, fp32"),
         ({"load_format": "pickle"}, "auto or dummy"),
         ({"isa": "sse9"}, "sse9.*avx512bf16"),

@@ -49,7 +49,7 @@ def test_every_flag_reaches_its_field() -> None:
         "dtype": ("float32", "fp32"), "quantization": ("int8", "int8"),
             "quant_group": ("64", 64), "act_dtype": ("bf16", "bf16"), "target": ("x", "x"),
         "kv_cache_dtype": ("int8", "int8"),
-        "isa": ("avx2", "avx2"), "tiles": ("t", Path("t")),
+        "isa": ("avx2", "avx2"), "tiles": ("t", Path("t")), "vendor_gemm": (None, True),
         "load_format": ("dummy", "dummy"), "seed": ("7", 7),
         "max_model_len": ("9", 9), "revision": ("main", "main"), "cache_dir": ("c", Path("c")),
         "dump_dir": ("d", Path("d")), "bundle_sha256": ("ab", "ab"), "code_only": (None, True),

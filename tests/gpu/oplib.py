@@ -23,6 +23,8 @@ NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
 #: To fp8; a test of both sets it.
 ROUNDING: Rounding = "cvt"
+#: Elements of NaN behind each row of a wide matrix; 0 = it lies in tiles. A test of both sets it.
+PADDING = 0
 
 
 def tiles(w: np.ndarray) -> np.ndarray:
@@ -34,12 +36,24 @@ def tiles(w: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
 
 
+def pitched(w: np.ndarray) -> np.ndarray:
+    """[N, K] -> [N][K + PADDING] bf16, N padded with zeros."""
+    full = np.zeros((-(-len(w) // 64) * 64, w.shape[1]), np.float32)
+    full[: len(w)] = w
+    padded = np.full((len(full), w.shape[1] + PADDING), NAN16)
+    padded[:, : w.shape[1]] = to_bf16(full)
+    return padded
+
+
 def matrix(
     w: np.ndarray, form: GemmFormat | None, name: str = "w"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arguments and constants of a kernel that reads w[N, K], in bf16 or in codes."""
     if form is None:
         none = np.zeros(0, np.float32)
+        if PADDING:
+            rows = {name: pitched(w), "w_scale": none, "w_offset": none}
+            return rows, {**WIDE, "W_PITCH": w.shape[1] + PADDING}
         return {name: tiles(w), "w_scale": none, "w_offset": none}, WIDE
     n, k = w.shape
     padded = -(-n // 64) * 64
@@ -148,6 +162,15 @@ def residual(
     return out[:rows], from_bf16(xw[:rows]), ssq[:rows]
 
 
+def interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """64 rows of the one, 64 of the other, and so on, each padded with zeros to 64."""
+    padded = -(-len(first) // 64) * 64
+    both = np.zeros((2, padded, *first.shape[1:]), np.float32)
+    both[0, : len(first)], both[1, : len(first)] = first, second
+    cut = both.reshape(2, padded // 64, 64, *first.shape[1:])
+    return np.ascontiguousarray(np.swapaxes(cut, 0, 1)).reshape(-1, *first.shape[1:])
+
+
 def gate_up(
     xw: np.ndarray, ssq: np.ndarray, gate: np.ndarray, up: np.ndarray,
     biases: tuple[np.ndarray, np.ndarray] | None, tile: Tile, order: Order = "forward",
@@ -156,13 +179,6 @@ def gate_up(
     """xw[T, H], gate and up [F, H] -> h[T, F]; the padding of h is checked to be zeros."""
     (rows, hidden), ffn = xw.shape, len(gate)
     padded = -(-ffn // 64) * 64
-
-    def interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        both = np.zeros((2, padded, *first.shape[1:]), np.float32)
-        both[0, :ffn], both[1, :ffn] = first, second
-        cut = both.reshape(2, padded // 64, 64, *first.shape[1:])
-        return np.ascontiguousarray(np.swapaxes(cut, 0, 1)).reshape(-1, *first.shape[1:])
-
     h = nan16(rows + 1, padded)
     scratch = tile.scratch(rows, padded // tile.BN, 2)
     stored, constants = matrix(interleave(gate, up), form)

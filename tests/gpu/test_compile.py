@@ -84,6 +84,20 @@ def test_every_kernel_of_every_device(scheme: Any, device: str) -> None:
     assert [o.code for o in first] == [o.code for o in second]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3", "qwen2-window"])
+def test_every_kernel_beside_a_vendors_gemm(
+    model: str, device: str, test_environment: Path
+) -> None:
+    """Matrices in rows, and epilogues: 16-byte loads, too."""
+    table = tiny(model, device, order="pitched").table
+    kernels = [k for k in table.own_kernels if k.constants.get("W_PITCH") or "epilogue" in k.name]
+    made = compile_objects(kernels, DEVICES[device], Memo(test_environment / "memo"))
+    assert {o.kernel.name for o in made} == {k.name for k in kernels} and len(made) >= 12
+
+
 GOOD = {
     "spills": 0, "private_bytes": 0, "scratch_bytes": [0, 0], "shared_bytes": 1024,
     "registers": 64, "wide_loads": 3, "byte_loads": 0, "is_ordered": True,

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from sinterlm.ir.plan import PITCH_PADDING
+from tests.gpu import oplib
 from tests.gpu import test_embed as embedding
 from tests.gpu import test_fp8 as activations
 from tests.gpu import test_fp8_kv as fp8_kv
 from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
+from tests.gpu import test_vendor as vendor
 from tests.gpu.oplib import Tile
 
 KERNELS = Path(interpreter.__file__).with_name("kernels")
@@ -35,6 +38,15 @@ class Mutant:
 
 def _residual() -> None:
     kernels.test_residual(3, 320, 64, Tile(BN=16, SPLIT=4), True)
+
+
+def _rows() -> None:
+    """Of a matrix that a vendor's GEMM reads too."""
+    oplib.PADDING = PITCH_PADDING
+    try:
+        _residual()
+    finally:
+        oplib.PADDING = 0
 
 
 def _order() -> None:
@@ -208,6 +220,18 @@ MUTANTS = [
            lambda: activations.test_rows_of_any_size(activations.FORMS["e4m3fn-a8g64"])),
     Mutant("row's scale of the neighbour group", "fp8.py", "n // W_GROUP * step",
            "n // 64 * step", lambda: _embed_codes("e4m3fng128")),
+    Mutant("rows of weights packed", "matmul.py", "column = n * W_PITCH", "column = n * K", _rows),
+    Mutant("tiles' step in rows", "matmul.py", "64 if W_PITCH == 0 else 1", "64", _rows),
+    Mutant("up's sums of gate", "epilogues.py", "load_sums(sums, m, gate + 64",
+           "load_sums(sums, m, gate", lambda: vendor.test_gate_up_epilogue(9, 192, 200, 128, True)),
+    Mutant("one row more", "epilogues.py", "live = m < num_tokens", "live = m <= num_tokens",
+           lambda: vendor.test_residual_epilogue(9, 192, 32, True)),
+    Mutant("first columns for all", "epilogues.py", "first + tl.arange(0, BN), live, N",
+           "tl.arange(0, BN), live, N", lambda: vendor.test_residual_epilogue(9, 192, 32, False)),
+    Mutant("a head's first half twice", "epilogues.py", "head * D + D // 2 + d", "head * D + d",
+           lambda: vendor.test_qkv_epilogue(5, 2, 32, True)),
+    Mutant("rows of sums apart as heads are", "epilogues.py", "d, live, N)", "d, live, heads * D)",
+           lambda: vendor.test_qkv_epilogue(1, 3, 32, False)),
 ]  # fmt: skip
 
 

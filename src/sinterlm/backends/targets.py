@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinterlm.backends.base import Backend
 from sinterlm.errors import UsageError
+from sinterlm.ir.plan import MatrixOrder
 from sinterlm.options import CompileOptions
 
 
@@ -18,6 +19,8 @@ def find_backend(options: CompileOptions) -> Backend:
                 "--kv-cache-dtype fp8 is for a GPU: give its --target too, or --kv-cache-dtype "
                 "int8, which a CPU has"
             )
+        if options.vendor_gemm:
+            raise UsageError("--vendor-gemm is for a GPU; give its --target too, or leave it out")
         from sinterlm.backends.cpu.backend import CpuBackend
 
         return CpuBackend()
@@ -48,4 +51,5 @@ def find_backend(options: CompileOptions) -> Backend:
             f"{options.target}: give 1, or --target cpu"
         )
     tiles = find_tiles(options.target, options.tiles, locate_cache(options.cache_dir))
-    return GpuBackend(DEVICES[options.target], tiles)
+    order: MatrixOrder = "pitched" if options.vendor_gemm else "tiles"
+    return GpuBackend(DEVICES[options.target], tiles, weight_order=order)

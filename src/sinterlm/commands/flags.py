@@ -42,6 +42,8 @@ HELP: dict[str, str] = {
     "isa": "instruction-set level (default: the widest this machine has)",
     "tiles": "tile table of a GPU target, as `sinterlm tune` writes it (default: what it left in "
     "the cache, or the shipped one)",
+    "vendor_gemm": "on a GPU hipBLASLt or cuBLASLt multiplies bf16 matrices in steps of 256 tokens "
+    "and more; packs them another way, and bits depend on the batch (default: off)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",
     "seed": "base of every random draw that has no seed of its own, and of dummy weights",
     "max_model_len": "longest context, tokens (default: the model's own)",

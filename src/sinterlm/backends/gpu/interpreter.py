@@ -111,8 +111,8 @@ def _load() -> Any:
         os.environ["TRITON_INTERPRET"] = "1"
         try:
             import_module("sinterlm.backends.gpu.kernels.sample")
-            for signature in SIGNATURES.values():
-                import_module(f"sinterlm.backends.gpu.kernels.{signature.module}")
+            for module in {signature.module for signature in SIGNATURES.values()} - {""}:
+                import_module(f"sinterlm.backends.gpu.kernels.{module}")
         finally:
             del os.environ["TRITON_INTERPRET"]
             if before is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signature:
-    """A kernel of ``kernels/<module>.py``."""
+    """A kernel of ``kernels/<module>.py``; without a module the vendor's GEMM (``vendor.py``)."""
 
     name: str
     module: str
@@ -39,13 +39,13 @@ class Signature:
 
     def is_below_2gb(self, arg: str) -> bool:
         """Whether all that a pointer leads to lies within 2 GB: offsets then take 32 bits."""
-        return self.args[arg].startswith("*") and arg not in PAGES
+        return self.args[arg].startswith("*") and arg not in LARGE
 
 
 #: Strides of KV pages and of hidden states, in elements.
 STRIDES = ("page_stride", "token_stride", "head_stride", "hidden_stride")
-#: Pointers into KV memory, which may be larger than 2 GB.
-PAGES = ("k_base", "v_base")
+#: Pointers into memory that may be larger than 2 GB: KV pages, and what a vendor's GEMM leaves.
+LARGE = ("k_base", "v_base", "sums")
 
 _MATRIX = {"w": "*weight", "w_scale": "*scale", "w_offset": "*fp32"}
 _GEMM = {"parts": "*fp32", "counters": "*i32", "num_tokens": "i32"}
@@ -82,6 +82,22 @@ SIGNATURES: dict[str, Signature] = {
         }),
         Signature("norm_gate_up_act", "mlp", {
             "xw": "*bf16", "ssq": "*fp32", **_MATRIX, "bias": "*fp32", "h": "*bf16", **_GEMM,
+        }),
+        Signature("vendor_gemm", "", {
+            "a": "*bf16", "w": "*bf16", "sums": "*fp32", "vendor_workspace": "*u8",
+        }),
+        Signature("residual_epilogue", "epilogues", {
+            "sums": "*fp32", "bias": "*fp32", "norm": "*fp32", "x": "*fp32", "xw": "*bf16",
+            "ssq": "*fp32", "num_tokens": "i32",
+        }),
+        Signature("gate_up_epilogue", "epilogues", {
+            "sums": "*fp32", "ssq": "*fp32", "bias": "*fp32", "h": "*bf16", "num_tokens": "i32",
+        }),
+        Signature("qkv_epilogue", "epilogues", {
+            "sums": "*fp32", "ssq": "*fp32", "bias": "*fp32", "q_norm": "*fp32",
+            "k_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i32",
+            "kv_slots": "*i32", "q": "*bf16", "k_base": "*kv", "v_base": "*kv",
+            "k_inverse": "fp32", "v_inverse": "fp32", "num_tokens": "i32", **_PAGED,
         }),
         Signature("lm_head", "sample", {
             "xw": "*bf16", "ssq": "*fp32", "rows": "*i32", **_MATRIX, "temperature": "*fp32",

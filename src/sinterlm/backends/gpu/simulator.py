@@ -5,7 +5,7 @@ device. Memory is poisoned with NaN before its first use, as a device's would ho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from sinterlm.backends.gpu.interpreter import ELEMENTS, Order, run_kernel
 from sinterlm.backends.gpu.objects import device_of
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Table, Unit
+from sinterlm.backends.gpu.vendor import multiply, rows_of
 from sinterlm.ir.fp8 import FP8_NAN
 from sinterlm.ir.graph import Rope
 
@@ -155,17 +156,19 @@ class Simulator:
             "page_stride": kv[0].size, "head_stride": kv[0, 0].size, "token_stride": dim,
             "is_normed": int(is_normed), "hidden_stride": self.table.facts["hidden"],
         }  # fmt: skip
-        for launch in self.table.launches[self.only.start : self.only.stop]:
-            kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
+        only = self.table.launches[self.only.start : self.only.stop]
+        for launch, kernel in replace(self.table, launches=only).launches_of(sizes, is_decode):
             grid = [axis.count(sizes) for axis in kernel.grid]
-            if 0 in grid:
-                continue
             types = SIGNATURES[kernel.name].types(kernel.constants)
-            args = {
+            args: dict[str, Any] = {
                 name: self.argument(given, types[name], values)
                 for name, given in zip(types, launch.args, strict=True)
             }
-            run_kernel(kernel.name, grid, args, kernel.constants, order)
+            if kernel.is_vendor:
+                rows = rows_of(sizes["T"], self.most["T"])
+                multiply(args["a"], args["w"], args["sums"], rows, kernel.constants)
+            else:
+                run_kernel(kernel.name, grid, args, kernel.constants, order)
             self.launches += 1
 
     def argument(self, given: str, kind: str, values: dict[str, int]) -> Array | float:

@@ -23,7 +23,8 @@ inline std::string describe(const Table& t, const Model* m) {
   if (m)
     out << ", \"device\": \"" << m->driver.device() << "\", \"driver\": \"" << m->driver.version()
         << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
-        << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1";
+        << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1"
+        << ", \"vendor_gemm\": \"" << m->vendor.description() << "\"";
   out << ", \"ops\": []}";
   return out.str();
 }

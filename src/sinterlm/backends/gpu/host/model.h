@@ -10,6 +10,7 @@
 #include "driver.h"
 #include "sinterlm/sample.h"
 #include "table.h"
+#include "vendor_gemm.h"
 
 namespace slg {
 
@@ -62,6 +63,7 @@ struct Shape {
 
 struct Model {
   Driver driver;
+  VendorGemm vendor;
   Table table;
   Shape shape{};
   const Shape* spec = &shape;
@@ -106,7 +108,7 @@ struct Model {
   int64_t steps = 0, graph_launches = 0;
 
   ~Model() {
-    if (own_stream) driver.make_current();
+    if (own_stream) driver.make_current();  // for what members give back, too
     drop_graphs();
     for (void* module : modules)
       if (module) driver.module_unload(module);

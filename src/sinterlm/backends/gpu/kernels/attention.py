@@ -23,6 +23,56 @@ from sinterlm.backends.gpu.kernels.norm import rstd
 
 
 @triton.jit
+def store_heads(a, b, m, live, head, d, ssq, bias, q_norm, k_norm, cos, sin, positions, kv_slots, q,
+                k_base, v_base, k_inverse, v_inverse, page_tokens, page_stride, token_stride,
+                head_stride, KV_FP8: tl.constexpr, KV_ROUNDING: tl.constexpr, H: tl.constexpr,
+                HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
+                QK_EPS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
+                BM: tl.constexpr):  # fmt: skip
+    """Scale, bias, heads' norm and rope of columns d and d + D / 2 of a head [BM, BN]; then q to
+    its rows, k and v to their pages."""
+    n = head * D + d
+    scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
+    a *= scale
+    b *= scale
+    if HAS_BIAS:
+        a += tl.load(bias + n)[None, :]
+        b += tl.load(bias + n + D // 2)[None, :]
+    kv_head = head // (GROUP + 2)
+    part = head % (GROUP + 2)  # below GROUP a query head, GROUP = k, GROUP + 1 = v
+    if part <= GROUP:
+        if QK_NORM:
+            mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
+            inverse = (1.0 / tl.sqrt_rn(mean + QK_EPS))[:, None]
+            weight = q_norm if part < GROUP else k_norm
+            a = a * inverse * tl.load(weight + d)[None, :]
+            b = b * inverse * tl.load(weight + D // 2 + d)[None, :]
+        angle = tl.load(positions + m, mask=live, other=0)[:, None] * (D // 2) + d[None, :]
+        c = tl.load(cos + angle, mask=live[:, None], other=0.0)
+        s = tl.load(sin + angle, mask=live[:, None], other=0.0)
+        a, b = a * c - b * s, b * c + a * s
+    if part < GROUP:
+        query = m[:, None] * (HKV * GROUP * D) + (kv_head * GROUP + part) * D + d[None, :]
+        tl.store(q + query, a.to(tl.bfloat16), mask=live[:, None])
+        tl.store(q + query + D // 2, b.to(tl.bfloat16), mask=live[:, None])
+    else:
+        slot = tl.load(kv_slots + m, mask=live, other=-1)
+        page = (slot // page_tokens).to(tl.int64) * page_stride
+        row = page + slot % page_tokens * token_stride + kv_head * head_stride
+        base = k_base if part == GROUP else v_base
+        at = row[:, None] + d[None, :]
+        if KV_FP8 != "":
+            inverse = k_inverse if part == GROUP else v_inverse
+            lower = saturated(a * inverse, KV_FP8, KV_ROUNDING)
+            upper = saturated(b * inverse, KV_FP8, KV_ROUNDING)
+        else:
+            lower = a.to(tl.bfloat16)
+            upper = b.to(tl.bfloat16)
+        tl.store(base + at, lower, mask=(slot >= 0)[:, None])
+        tl.store(base + at + D // 2, upper, mask=(slot >= 0)[:, None])
+
+
+@triton.jit
 def norm_qkv_rope_kv(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
@@ -83,44 +133,10 @@ def norm_qkv_rope_kv(
         if SPLIT > 1:
             a = join(parts, tile * 2, live, SPLIT, BM, BN)
             b = join(parts, tile * 2 + 1, live, SPLIT, BM, BN)
-        scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
-        a *= scale
-        b *= scale
-        if HAS_BIAS:
-            a += tl.load(bias + n)[None, :]
-            b += tl.load(bias + n + D // 2)[None, :]
-        kv_head = head // (GROUP + 2)
-        part = head % (GROUP + 2)  # below GROUP a query head, GROUP = k, GROUP + 1 = v
-        if part <= GROUP:
-            if QK_NORM:
-                mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
-                inverse = (1.0 / tl.sqrt_rn(mean + QK_EPS))[:, None]
-                weight = q_norm if part < GROUP else k_norm
-                a = a * inverse * tl.load(weight + d)[None, :]
-                b = b * inverse * tl.load(weight + D // 2 + d)[None, :]
-            angle = tl.load(positions + m, mask=live, other=0)[:, None] * (D // 2) + d[None, :]
-            c = tl.load(cos + angle, mask=live[:, None], other=0.0)
-            s = tl.load(sin + angle, mask=live[:, None], other=0.0)
-            a, b = a * c - b * s, b * c + a * s
-        if part < GROUP:
-            query = m[:, None] * (HKV * GROUP * D) + (kv_head * GROUP + part) * D + d[None, :]
-            tl.store(q + query, a.to(tl.bfloat16), mask=live[:, None])
-            tl.store(q + query + D // 2, b.to(tl.bfloat16), mask=live[:, None])
-        else:
-            slot = tl.load(kv_slots + m, mask=live, other=-1)
-            page = (slot // page_tokens).to(tl.int64) * page_stride
-            row = page + slot % page_tokens * token_stride + kv_head * head_stride
-            base = k_base if part == GROUP else v_base
-            at = row[:, None] + d[None, :]
-            if KV_FP8 != "":
-                inverse = k_inverse if part == GROUP else v_inverse
-                lower = saturated(a * inverse, KV_FP8, KV_ROUNDING)
-                upper = saturated(b * inverse, KV_FP8, KV_ROUNDING)
-            else:
-                lower = a.to(tl.bfloat16)
-                upper = b.to(tl.bfloat16)
-            tl.store(base + at, lower, mask=(slot >= 0)[:, None])
-            tl.store(base + at + D // 2, upper, mask=(slot >= 0)[:, None])
+        store_heads(a, b, m, live, head, d, ssq, bias, q_norm, k_norm, cos, sin, positions,
+                    kv_slots, q, k_base, v_base, k_inverse, v_inverse, page_tokens, page_stride,
+                    token_stride, head_stride, KV_FP8, KV_ROUNDING, H, HKV, GROUP, D, EPS, QK_EPS,
+                    HAS_BIAS, QK_NORM, BM)  # fmt: skip
 
 
 @triton.jit
