@@ -92,8 +92,8 @@ def environment() -> dict[str, str]:
     """This process's, with one engine process and OpenMP as vLLM sets it for a worker."""
     cpus = sorted(os.sched_getaffinity(0))
     variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": str(len(cpus)),
+        "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "OMP_NUM_THREADS": str(len(cpus)),
     }  # fmt: skip
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists():
@@ -102,7 +102,7 @@ def environment() -> dict[str, str]:
             "LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0",
             "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{bound}]",
         }  # fmt: skip
-    return {"VLLM_CPU_KVCACHE_SPACE": "4", **os.environ, **variables}
+    return {**variables, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def watch(engine: Any, clock: Clock) -> None:
