@@ -117,7 +117,10 @@ def test_a_killed_rank_ends_the_server(
         process.wait(END_S)
         text = log.read_text()
         assert "died unexpectedly" in text
-        assert "the sum over 2 ranks failed on rank 0" in text
+        # The other rank's sum fails where the connection breaks while it waits; where it waits in
+        # shared memory nothing breaks, and vLLM ends that rank itself.
+        ends = ("the sum over 2 ranks failed on rank 0", "workers still running after SIGTERM")
+        assert any(end in text for end in ends), text[-3000:]
     finally:
         process.kill()
         process.wait(END_S)
