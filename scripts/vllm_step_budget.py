@@ -1,6 +1,6 @@
 """Where the time of a decode step inside vLLM goes; run with the Python of vLLM's environment.
 
-    SINTERLM_VLLM=require ENV/bin/python scripts/vllm_step_budget.py MODEL [--batch-sizes 1 8 32 128]
+    SINTERLM_VLLM=require ENV/bin/python scripts/vllm_step_budget.py MODEL [--batch-sizes 1 8 …]
 
 A Markdown table: milliseconds of each part, and the step that they add up to. vLLM's engine runs in
 this process (as served it has one for the engine core and one for the worker, and messages between
@@ -163,7 +163,8 @@ def table(columns: dict[int, dict[str, float]]) -> str:
     order = (SCHEDULER, INPUTS, STEP, MODEL, HEAD, LOGITS, OURS, RUNNER, SAMPLER, BOOKING, UPDATE,
              TEXT, REST)  # fmt: skip
     parts = [part for part in order if any(part in column for column in columns.values())]
-    lines = ["| part, ms | " + " | ".join(map(str, columns)) + " |", "|---|" + "---|" * len(columns)]
+    lines = ["| part, ms | " + " | ".join(map(str, columns)) + " |"]
+    lines += ["|---|" + "---|" * len(columns)]
     for part in parts:
         cells = (f"{1e3 * column.get(part, 0.0):.2f}" for column in columns.values())
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
