@@ -3,15 +3,14 @@
 Every check is a process of its own with a time limit, so that one bad kernel does not end the hour:
 
     load        the driver takes every code object, those of an fp8 KV cache too
-    op          each launch of a step alone: its inputs come from Triton's interpreter, which also
-                says what it must leave; of a trained model, of one layer at real shapes, and of
-                the trained model with an fp8 KV cache
+    op          each launch of a step alone, inputs and what it must leave being the interpreter's:
+                of a trained model, with an fp8 KV cache too, and of one layer at real shapes
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
     tune        tiles of the two largest GEMMs of a layer at the real shape, as far as time allows
-    vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer by it against its
-                twin in NumPy, and its time beside our own kernel's at 256, 512 and 1024 rows
+    vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer against its twin,
+                and its time beside our own kernel's at 256, 512 and 1024 rows
     vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
 DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.

@@ -12,9 +12,8 @@ the host read it; the code objects follow behind the line ``end`` (see ``objects
 
 Units: T tokens, R sampled rows, S sequences, N tokens whose hidden states are given out (all or
 none), 1 once. An axis of a grid is SYMBOL/PER*TIMES: TIMES for each PER units begun, and ``+S`` one
-more per sequence; a launch whose grid is empty is left out. An argument is ``buffer:NAME``,
-``weight:OFFSET``, ``input:NAME``, ``k:LAYER``, ``v:LAYER``, ``value:NAME``, ``number:FP32`` or
-``null``.
+more per sequence; a launch whose grid is empty is left out. An argument is null, buffer:NAME,
+weight:OFFSET, input:NAME, k:LAYER, v:LAYER, value:NAME or number:FP32.
 """
 
 from __future__ import annotations
