@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ PROMPTS = (
 TOKENS = 32
 PARAMS = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 
-#: Arm -> dtype of SinterLM alone, or what vLLM's environment gets.
-ARMS: dict[str, str | dict[str, str]] = {
-    "alone, bf16": "bf16",
+#: Arm -> quantization of SinterLM alone, or what vLLM's environment gets.
+ARMS: dict[str, str | dict[str, str] | None] = {
+    "alone, bf16": None,
     "plugin, bf16": {"SINTERLM_VLLM": "require"},
     "stock, bf16": {"SINTERLM_VLLM": "off"},
     "alone, int8": "int8",
@@ -80,15 +81,15 @@ def main() -> None:
 def measure(reference: LLM, model: str, python: Path) -> dict[str, Arm]:
     """Every arm beside ``reference``, which is fp32."""
     prompts = [
-        reference.chat_prompt([{"role": "user", "content": text}])["prompt_token_ids"]
+        list(reference.chat_prompt([{"role": "user", "content": text}])["prompt_token_ids"])
         for text in PROMPTS
     ]
     forced = answers(reference, prompts)
     logits = forced_logits(reference, prompts, forced)
     found: dict[str, Arm] = {}
     for name, how in ARMS.items():
-        if isinstance(how, str):
-            with LLM(model, dtype=how, max_model_len=512) as llm:
+        if not isinstance(how, dict):
+            with LLM(model, quantization=how, max_model_len=512) as llm:
                 tokens, scores = answers(llm, prompts), forced_logits(llm, prompts, forced)
             beside = tokens
         else:
@@ -135,8 +136,8 @@ def in_vllm(
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="sinterlm-kl-") as folder:
         scores = Path(folder) / "scores.npy"
-        command = [python, SCRIPT, model, "--max-tokens", str(TOKENS), "--forced",
-                   json.dumps(forced), "--scores", scores]  # fmt: skip
+        command = [str(python), str(SCRIPT), model, "--max-tokens", str(TOKENS), "--forced",
+                   json.dumps(forced), "--scores", str(scores)]  # fmt: skip
         done = subprocess.run(
             command, input=json.dumps(prompts), env=environment, capture_output=True, text=True,
             check=False,
@@ -171,12 +172,13 @@ def tables(found: dict[str, Arm]) -> str:
     for i, prompt in enumerate(PROMPTS):
         cells = (f"{1e5 * found[name].kl[i]:.1f}" for name in names)
         lines.append(f"| {prompt} | " + " | ".join(cells) + " |")
-    for title, value in (
-        ("mean", lambda arm: f"{1e5 * np.mean(arm.kl):.1f}"),
-        ("largest of a token", lambda arm: f"{1e5 * arm.most_kl:.0f}"),
-        ("same best token as fp32", lambda arm: f"{arm.top1:.1%}"),
-        ("answers equal to SinterLM alone", lambda arm: f"{arm.first.count(None)} of 8"),
-    ):
+    rows: dict[str, Callable[[Arm], str]] = {
+        "mean": lambda arm: f"{1e5 * np.mean(arm.kl):.1f}",
+        "largest of a token": lambda arm: f"{1e5 * arm.most_kl:.0f}",
+        "same best token as fp32": lambda arm: f"{arm.top1:.1%}",
+        "answers equal to SinterLM alone": lambda arm: f"{arm.first.count(None)} of {len(PROMPTS)}",
+    }
+    for title, value in rows.items():
         lines.append(f"| **{title}** | " + " | ".join(value(found[name]) for name in names) + " |")
     return "\n".join(lines)
 
