@@ -24,6 +24,7 @@ import numpy as np
 
 from sinterlm import LLM, SamplingParams
 from sinterlm.bench.eval_metrics import compare
+from sinterlm.options import QuantizationName
 
 SCRIPT = Path(__file__).with_name("vllm_greedy.py")
 PROMPTS = (
@@ -40,7 +41,7 @@ TOKENS = 32
 PARAMS = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 
 #: Arm -> quantization of SinterLM alone, or what vLLM's environment gets.
-ARMS: dict[str, str | dict[str, str] | None] = {
+ARMS: dict[str, QuantizationName | dict[str, str] | None] = {
     "alone, bf16": None,
     "plugin, bf16": {"SINTERLM_VLLM": "require"},
     "stock, bf16": {"SINTERLM_VLLM": "off"},
