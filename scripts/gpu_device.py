@@ -10,17 +10,18 @@ import numpy as np
 
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.backends.gpu.library import archive_of
-from sinterlm.backends.gpu.objects import read_archive
+from sinterlm.backends.gpu.objects import device_of, read_archive
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.simulator import Part, Simulator
-from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Table
 from sinterlm.ir.bf16 import from_bf16
+from sinterlm.ir.fp8 import Fp8Name, from_fp8
 from sinterlm.ir.graph import Rope
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
 
 SIZES = {"max_tokens": 32, "max_seqs": 8, "max_sample_rows": 8, "max_model_len": 64}
-PAGE_TOKENS = 16
+PAGE_TOKENS, NUM_PAGES = 16, 24
 #: A step is some sequences: pages, first position, tokens.
 Runs = list[tuple[list[int], int, list[int]]]
 STEPS: dict[str, Runs] = {
@@ -28,27 +29,31 @@ STEPS: dict[str, Runs] = {
     "many": [([3, 9, 5], 0, list(range(20, 37))), ([0, 7, 2], 0, [1, 2, 3])],
     "decode": [([3, 9, 5], 7, [11]), ([0, 7, 2], 1, [12])],
 }
+#: Enough rows for a vendor's GEMM, and the sizes that it takes.
+MANY: dict[str, Runs] = {"long": [(list(range(17)), 0, [i % 90 + 5 for i in range(270)])]}
+MANY_SIZES = {"max_tokens": 300, "max_model_len": 320}
 #: What kernels leave for others; the rest is their own.
-OUTPUTS = ("x", "xw", "ssq", "q", "y", "h", "hidden", "logits", "ids", "logprobs")
+OUTPUTS = ("x", "xw", "ssq", "q", "y", "h", "sums", "hidden", "logits", "ids", "logprobs")
 
 
 class Device:
     """A bundle on the device, step for step beside the interpreter."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, **sizes: int) -> None:
+        """``sizes`` in place of those in SIZES."""
         self.bundle = bundle
         self.table, _ = read_archive(archive_of(bundle.library_path.read_bytes()))
-        sizes: dict[str, Any] = dict(SIZES)
-        self.model = Model(bundle, num_threads=1, **sizes)
-        self.model.alloc_kv(16, PAGE_TOKENS)
+        most: dict[str, Any] = {**SIZES, **sizes}
+        self.model = Model(bundle, num_threads=1, **most)
+        self.model.alloc_kv(NUM_PAGES, PAGE_TOKENS)
         assert bundle.weights_path is not None
         weights = np.memmap(bundle.weights_path, np.uint8, "r")
         constants = bundle.manifest.constants
         rope = Rope(constants.inv_freq, constants.rope_attention_factor)
         self.simulator = Simulator(
-            self.table, weights, rope, max_tokens=SIZES["max_tokens"],
-            max_rows=SIZES["max_sample_rows"], max_seqs=SIZES["max_seqs"],
-            max_len=SIZES["max_model_len"], num_pages=16, page_tokens=PAGE_TOKENS,
+            self.table, weights, rope, max_tokens=most["max_tokens"],
+            max_rows=most["max_sample_rows"], max_seqs=most["max_seqs"],
+            max_len=most["max_model_len"], num_pages=NUM_PAGES, page_tokens=PAGE_TOKENS,
         )  # fmt: skip
         self._dll = ctypes.CDLL(str(bundle.library_path))
         self._dll.sl_last_error.restype = ctypes.c_char_p
@@ -75,7 +80,7 @@ class Device:
     def run_one(self, launch: int, step: str) -> dict[str, float]:
         """Launch one of the table on both, from the same memory; the largest error of each output,
         as a share of what bf16 allows there. Raises AssertionError beyond it."""
-        runs, hidden = STEPS[step], self.table.launches[launch].slot == "final_norm"
+        runs, hidden = (STEPS | MANY)[step], self.table.launches[launch].slot == "final_norm"
         if step == "decode":  # what it attends to
             self.simulator.step(*_parts(STEPS["prefill"]))
         self.simulator.only = range(launch)
@@ -94,6 +99,9 @@ class Device:
                 continue
             found = np.empty_like(want)
             self.copy("sl_peek", name, found)
+            if name.startswith("k:") and self.table.facts["kv_bytes"] == 1:
+                errors[name] = fp8_share(found, want, device_of(self.table).fp8)
+                continue
             kind = "*bf16" if name.startswith("k:") else kinds[short]
             errors[name] = error_share(found, want, kind)
         worst = max(errors, key=lambda name: errors[name])
@@ -128,9 +136,21 @@ def error_share(found: np.ndarray, want: np.ndarray, kind: str) -> float:
     return float((np.abs(a - b) / bound).max())
 
 
+def fp8_share(found: np.ndarray, want: np.ndarray, name: Fp8Name) -> float:
+    """Largest |found - want| over its bound: one step of fp8, an eighth of the larger number, or
+    the least one there is; NaN must stay where it is."""
+    a, b = (from_fp8(x, name).astype(np.float64) for x in (found, want))
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
+        return np.inf
+    least = float(from_fp8(np.ones(1, np.uint8), name)[0])
+    bound = np.maximum(np.maximum(np.abs(a), np.abs(b)) / 8, least)
+    return float(np.nanmax(np.abs(a - b) / bound, initial=0.0))
+
+
 def buffer_kinds(table: Table) -> dict[str, str]:
     """The element type of each buffer, by what kernels take it as."""
-    names = {choice.slot: table.kernels[choice.kernel].name for choice in table.choices}
+    names = {choice.slot: table.kernels[choice.kernel].name
+             for choice in table.choices if choice.kernel != LEFT_OUT}  # fmt: skip
     return {
         arg.partition(":")[2]: kind
         for launch in table.launches

@@ -2,13 +2,15 @@
 
 Every check is a process of its own with a time limit, so that one bad kernel does not end the hour:
 
-    load        the driver takes every code object
-    op          each launch of a step alone: its inputs come from Triton's interpreter, which also
-                says what it must leave; of a trained model and of one layer at real shapes
+    load        the driver takes every code object, those of an fp8 KV cache too
+    op          each launch of a step alone, inputs and what it must leave being the interpreter's:
+                of a trained model, with an fp8 KV cache too, and of one layer at real shapes
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
     tune        tiles of the two largest GEMMs of a layer at the real shape, as far as time allows
+    vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer against its twin,
+                and its time beside our own kernel's at 256, 512 and 1024 rows
     vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
 DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
@@ -17,9 +19,13 @@ DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import json
+import os
 import platform
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -30,20 +36,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gpu_device import STEPS, Device
+from gpu_device import MANY_SIZES, STEPS, Device
 from sinterlm import LLM, SamplingParams, __version__
 from sinterlm.artifact.bundle import Bundle
 from sinterlm.artifact.progress import LogProgress
-from sinterlm.backends.gpu.devices import DEVICES
+from sinterlm.backends.gpu.devices import DEVICES, Vendor
 from sinterlm.backends.gpu.library import archive_of
 from sinterlm.backends.gpu.objects import read_archive
+from sinterlm.backends.gpu.vendor import LIBRARIES
 from sinterlm.compile import compile_model
 from sinterlm.frontend.named_configs import named_configs
 from sinterlm.options import CompileOptions
+from sinterlm.runtime.device_probe import TimedLibrary, Train
 from sinterlm.tune.session import TuneOptions, tune
+from sinterlm.tune.tasks import WARMUP_US
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ROOT / "tests/assets/tiny-llama"
+FP8_KV = "tiny-fp8-kv"  #: the trained model with an fp8 KV cache
+PAGED = ("norm_qkv_rope_kv", "attention")  #: slots of the launches that write and read pages
+#: Rows at which the vendor's GEMM is timed.
+VENDOR_ROWS = (256, 512, 1024)
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
 
@@ -70,7 +83,8 @@ def llm(target: str, model: str, **options: Any) -> LLM:
 
 def check_load(args: argparse.Namespace) -> dict[str, Any]:
     """The driver takes every code object."""
-    device = Device(bundle_of(args, str(TRAINED)))
+    for model in (str(TRAINED), FP8_KV):
+        device = Device(bundle_of(args, model))
     return {"device": device.model.describe()["device"]}
 
 
@@ -144,6 +158,37 @@ def check_tune(args: argparse.Namespace) -> dict[str, Any]:
     return {**outcome.counts, "is_complete": outcome.is_complete, "found": rows}
 
 
+def check_vendor(args: argparse.Namespace) -> dict[str, Any]:
+    """The vendor's GEMMs and their epilogues against the interpreter, and what they take."""
+    errors: dict[str, Any] = {}
+    bundles = [bundle_of(args, model, vendor_gemm=True) for model in (str(TRAINED), args.model)]
+    for bundle in bundles:
+        device = Device(bundle, **MANY_SIZES)
+        for launch, wanted in enumerate(device.table.launches):
+            if wanted.layer == 0 and wanted.slot.endswith((".product", ".epilogue")):
+                found = device.run_one(launch, "long")
+                errors[f"{bundle.manifest.model} {wanted.slot}"] = round(max(found.values()), 3)
+        device.model.close()
+    return {"error / bound": errors, "us": vendor_times(bundle_of(args, args.model), bundles[-1])}
+
+
+def vendor_times(ours: Bundle, vendor: Bundle) -> dict[str, dict[str, list[float]]]:
+    """Microseconds by GEMM and rows: our kernel, the vendor's GEMM, its epilogue."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for bundle in (ours, vendor):
+        table, _ = read_archive(archive_of(bundle.library_path.read_bytes()))
+        with TimedLibrary(bundle.library_path, max(VENDOR_ROWS)) as library:
+            for launch, wanted in enumerate(table.launches):
+                slot, _, part = wanted.slot.partition(".")
+                if wanted.layer != 0 or slot == "attention" or (bundle is vendor) != bool(part):
+                    continue
+                for rows in VENDOR_ROWS:
+                    samples = library.time(launch, rows, 1, Train(1, 0, 16, 9, WARMUP_US))
+                    times = found.setdefault(slot, {}).setdefault(str(rows), [])
+                    times.append(round(statistics.median(samples), 2))
+    return found
+
+
 def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
     """Stock vLLM and SinterLM inside it: scripts/vllm_ab.py."""
     folder = args.output / args.model
@@ -158,18 +203,24 @@ def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
 
 CHECKS = {"load": check_load, "op": check_op, "model": check_model,
           "invariance": check_invariance, "speed": check_speed, "tune": check_tune,
-          "vllm": check_vllm}  # fmt: skip
+          "vendor": check_vendor, "vllm": check_vllm}  # fmt: skip
 
 
-def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
+def bundle_of(args: argparse.Namespace, model: str, vendor_gemm: bool = False) -> Bundle:
     """Compiled for the target; a named config with one layer and random weights."""
-    if Path(model).exists():
-        return compile_model(CompileOptions(model, target=args.target, max_model_len=64))
+    if model == FP8_KV or Path(model).exists():
+        return compile_model(
+            CompileOptions(
+                str(TRAINED) if model == FP8_KV else model, target=args.target, max_model_len=320,
+                kv_cache_dtype="fp8" if model == FP8_KV else "auto", vendor_gemm=vendor_gemm,
+            )
+        )  # fmt: skip
     folder = args.output / f"{model}-1-layer"
     folder.mkdir(parents=True, exist_ok=True)
     config = {**named_configs()[model], "num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    options = CompileOptions(str(folder), target=args.target, load_format="dummy", max_model_len=64)
+    options = CompileOptions(str(folder), target=args.target, load_format="dummy",
+                             max_model_len=320, vendor_gemm=vendor_gemm)  # fmt: skip
     return compile_model(options)
 
 
@@ -179,15 +230,28 @@ def bundle_of(args: argparse.Namespace, model: str) -> Bundle:
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Checks in the order of what they tell, with the seconds each may take."""
     yield "load", 600
-    for model in (str(TRAINED), args.model):
+    for model in (str(TRAINED), args.model, FP8_KV):
         table, _ = read_archive(archive_of(bundle_of(args, model).library_path.read_bytes()))
         head = len(table.launches) - 3
         launches = [*range(6), head, head + 1, head + 2][: args.stop_after_op or None]
+        if model == FP8_KV:
+            launches = [i for i in launches if table.launches[i].slot.startswith(PAGED)]
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
     yield from (("model", 600), ("invariance", 600), ("speed", 1800), ("tune", 900))
+    if has_vendor_gemm(DEVICES[args.target].vendor):
+        yield "vendor", 1800
     if importlib.util.find_spec("vllm") is not None:
         yield "vllm", 3600
+
+
+def has_vendor_gemm(vendor: Vendor) -> bool:
+    """Whether the GEMM library of HIP or CUDA is installed."""
+    for file in filter(None, (os.environ.get("SINTERLM_VENDOR_GEMM"), *LIBRARIES[vendor].files)):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(file)
+            return True
+    return False
 
 
 def run(args: argparse.Namespace, check: str, limit: float) -> Result:

@@ -110,10 +110,10 @@ def resolve(options: CompileOptions, progress: Progress) -> Job:
     backend = find_backend(options)
     if options.dtype not in ("auto", "bf16", "fp32"):
         raise UsageError(f"--dtype {options.dtype!r} is not supported; supported: auto, bf16, fp32")
-    if options.kv_cache_dtype not in ("auto", "bf16", "int8"):
+    if options.kv_cache_dtype not in ("auto", "bf16", "int8", "fp8"):
         raise UsageError(
             f"--kv-cache-dtype {options.kv_cache_dtype!r} is not supported; supported: auto, bf16, "
-            "int8"
+            "int8, fp8"
         )
     if options.kv_cache_dtype == "bf16" and options.dtype == "fp32":
         raise UsageError("--kv-cache-dtype bf16 goes with --dtype bf16; give auto or int8")
@@ -194,6 +194,8 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
     model_len(job.options, checkpoint.config)
     in_codes = job.options.kv_cache_dtype == "int8"
     graph = build_graph(checkpoint.config, job.dtype, in_codes, job.options.tensor_parallel_size)
+    if job.options.kv_cache_dtype == "fp8":
+        graph = replace(graph, kv_scales=checkpoint.kv_scales())
     check_tensors(graph, checkpoint)
     job.progress.stage("run passes")
     scheme = scheme_of(job.options, job.backend.act_dtype, job.backend.fp8)
@@ -207,6 +209,11 @@ def plan_model(job: Job, checkpoint: Checkpoint) -> Plan:
         raise UsageError(
             f"--act-dtype {act} says what stands beside quantised weights, and there are none; "
             f"give --quantization {'fp8' if act == 'fp8' else 'int8 or int4'}"
+        )
+    if job.options.vendor_gemm and all(t.kind != "pitched" for t in made.layout.tensors):
+        raise UsageError(
+            "--vendor-gemm multiplies matrices in bf16, and all of the layers' are in codes, "
+            "which our own kernels read: leave it out"
         )
     return made
 

@@ -14,7 +14,7 @@ DTypeName = Literal["bf16", "fp32"]
 IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
 QuantizationName = Literal["int8", "int4", "fp8"]
 ActDTypeName = Literal["int8", "bf16", "fp8"]
-KvCacheDTypeName = Literal["auto", "bf16", "int8"]
+KvCacheDTypeName = Literal["auto", "bf16", "int8", "fp8"]
 
 #: Weights along k that may share a scale; 0 = all of an output channel.
 QUANT_GROUPS = (0, 32, 64, 128)
@@ -34,6 +34,16 @@ DTYPE_SPELLINGS: dict[str, Literal["auto", "bf16", "fp32"]] = {
     "float": "fp32",
 }
 
+#: Accepted spellings of ``--kv-cache-dtype``, vLLM's among them.
+KV_CACHE_DTYPE_SPELLINGS: dict[str, KvCacheDTypeName] = {
+    "auto": "auto",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+}
+
 
 @dataclass(frozen=True)
 class CompileOptions:
@@ -45,12 +55,16 @@ class CompileOptions:
     quant_group: int | None = None  #: one of QUANT_GROUPS; None = 128 for int8, 32 for int4
     #: GEMM operands beside coded weights; None = int8, on a GPU bf16.
     act_dtype: ActDTypeName | None = None
-    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head.
+    #: What KV pages hold; auto = dtype, int8 = codes with a scale per token and KV head (CPU),
+    #: fp8 = e4m3 with two scales per layer, the checkpoint's or 1 (GPU).
     kv_cache_dtype: KvCacheDTypeName = "auto"
     target: str = "cpu"
     isa: IsaName | None = None  #: None = the widest level this machine has
     #: Tile table of a GPU; None = the one that ``sinterlm tune`` left in the cache, or the shipped.
     tiles: Path | None = None
+    #: A GPU's steps of 256 tokens and more multiply bf16 matrices by hipBLASLt or cuBLASLt, whose
+    #: bits depend on the batch.
+    vendor_gemm: bool = False
     load_format: Literal["auto", "dummy"] = "auto"  #: dummy = seeded random weights
     seed: int = 0  #: seed of the dummy weights
     max_model_len: int | None = None  #: tokens; None = the checkpoint's own maximum
@@ -112,6 +126,8 @@ class ServeOptions:
     ssl_cert_reqs: int = 0  #: client certificate: 0 not asked for, 1 optional, 2 required
 
     max_waiting: int = 512  #: requests that may wait for the engine; one more gets a 429
+    #: Tokens that a stream gets together: decode steps in one native call when nothing waits.
+    stream_interval: int = 1
     max_body_bytes: int = 16 << 20  #: longest request body; a longer one gets a 413
     #: Seconds from a request's arrival to its end; then it is ended with a 408 (or an error event).
     request_timeout: float | None = None

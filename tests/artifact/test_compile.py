@@ -290,6 +290,7 @@ def test_a_bundle_is_a_model(world: World) -> None:
         ({"revision": "main"}, "revision.*a bundle"),
         ({"dump_dir": Path("dumps")}, "dump_dir.*a bundle"),
         ({"code_only": True}, "code_only.*a bundle"),
+        ({"vendor_gemm": True}, "vendor_gemm.*a bundle"),
     ],
 )
 def test_a_bundle_stays_what_it_is(world: World, changes: dict[str, object], told: str) -> None:
@@ -321,9 +322,11 @@ def test_pin_of_a_compiled_model(world: World) -> None:
         ({"act_dtype": "fp8"}, "--act-dtype fp8 goes with fp8 weights"),
         ({"quant_group": 32}, "--quant-group says how.*--quantization"),
         ({"quantization": "int4", "act_dtype": "bf16", "dtype": "fp32"}, "--act-dtype bf16.*fp32"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype 'fp8' is not.*auto, bf16, int8"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is for a GPU.*int8"),
+        ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype 'fp4' is not.*auto, bf16, int8, fp8"),
         ({"kv_cache_dtype": "bf16", "dtype": "fp32"}, "--kv-cache-dtype bf16.*auto or int8"),
         ({"target": "tpu"}, "'tpu' is not supported; supported: cpu, gfx942"),
+        ({"vendor_gemm": True}, "--vendor-gemm is for a GPU; give its --target"),
         ({"dtype": "fp16"}, "'fp16' is not supported; supported: auto, bf16, fp32"),
         ({"load_format": "pickle"}, "auto or dummy"),
         ({"isa": "sse9"}, "sse9.*avx512bf16"),

@@ -17,7 +17,7 @@ from sinterlm.bench.report.data import Costs, load_data
 from sinterlm.bench.report.figures import all_drawings
 from sinterlm.bench.report.render import write_report
 from sinterlm.bench.report.tables import all_tables
-from sinterlm.bench.sweep_plan import AGAIN, COLD, SweepPlan, save_or_check
+from sinterlm.bench.sweep_plan import AGAIN, COLD, TUNE, SweepPlan, save_or_check
 from sinterlm.bench.sweep_store import LaunchFacts, Point, SweepStore
 from sinterlm.errors import UsageError
 
@@ -173,6 +173,15 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "holds no sweep" in capsys.readouterr().err
     assert cli.main(["bench", "compare", str(base), str(scores)]) == 2
     assert cli.main([*words, "--accuracy", str(base)]) == 2
+
+
+def test_too_early_for_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_sweep(tmp_path / "sweep", rounds=0)
+    assert cli.main(["bench", "report", str(folder)]) == 2, "nothing but a failure"
+    add_point(SweepStore(folder), TUNE, "vllm", 4, 0.01, 4)
+    assert cli.main(["bench", "report", str(folder)]) == 1
+    assert "go on with the sweep" in capsys.readouterr().err
+    assert not (folder / "report").exists()
 
 
 def test_baselines_that_do_not_compare(folder: Path, tmp_path: Path) -> None:

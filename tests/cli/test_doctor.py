@@ -13,7 +13,7 @@ from sinterlm.commands import doctor
 
 NAMES = [
     "python", "isa", "compiler", "threads", "memory", "huge pages", "cache", "demo model", "gpu",
-    "self-test",
+    "vendor gemm", "self-test",
 ]  # fmt: skip
 
 

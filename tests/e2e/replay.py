@@ -120,7 +120,8 @@ def replay(engine: Engine, asks: Sequence[Ask], arrivals: Sequence[int]) -> list
         while waiting and (arrivals[waiting[0]] <= step or not engine.has_unfinished):
             i = waiting.pop(0)
             engine.add_request(str(i), asks[i].prompt, asks[i].params)
-        for delta in engine.step(may_repeat=not waiting):
+        most = 1 if waiting else engine.step_limits.num_scheduler_steps
+        for delta in engine.step(max_steps=most):
             if delta.output is not None:
                 prints[delta.request_id] = fingerprint(delta.output)
         step += 1

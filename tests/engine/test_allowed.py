@@ -42,12 +42,12 @@ def test_the_same_as_forbidding_every_other_token(temperature: float, penalty: f
 
 
 def test_steps_in_one_call_keep_to_the_list() -> None:
-    engine = make_engine(num_scheduler_steps=8)
+    engine = make_engine()
     params = SamplingParams(max_tokens=17, temperature=0, ignore_eos=True, allowed_token_ids=IDS)
     engine.add_request("r", [1, 2], params)
     calls = []
     while engine.has_unfinished:
-        calls.append(engine.step(may_repeat=True))
+        calls.append(engine.step(max_steps=8))
     assert [len(call) for call in calls] == [1, 8, 8]
     drawn = [token for call in calls for delta in call for token in delta.token_ids]
     assert tuple(drawn) == run(make_engine(), params, prompt=(1, 2))[0].token_ids

@@ -45,11 +45,11 @@ def test_the_rule(sequences: Words, output: list[int]) -> None:
     assert rules.changes == any(len(word) > 1 for word in sequences)
 
 
-def answer(engine: Engine, params: SamplingParams) -> tuple[int, ...]:
+def answer(engine: Engine, params: SamplingParams, max_steps: int) -> tuple[int, ...]:
     engine.add_request("r", [1, 2, 1, 2], params)
     deltas = []
     while engine.has_unfinished:
-        deltas += engine.step(may_repeat=True)
+        deltas += engine.step(max_steps=max_steps)
     return tuple(token for delta in deltas for token in delta.token_ids)
 
 
@@ -82,9 +82,9 @@ def test_every_way_of_stepping_draws_what_one_by_one_would_be_drawn(
                 bias=np.array(list(bias.values()), np.float32),
             )
             expected.append(draw([1, 2, 1, 2, *expected], VOCAB, at))
-        for options in ({}, {"num_speculative_tokens": 3}, {"num_scheduler_steps": 8}):
-            engine = make_engine(vocab_size=VOCAB, **options)  # type: ignore[arg-type]
-            assert answer(engine, params) == tuple(expected)
+        for guesses, max_steps in ((0, 1), (3, 1), (0, 8)):
+            engine = make_engine(vocab_size=VOCAB, num_speculative_tokens=guesses)
+            assert answer(engine, params, max_steps) == tuple(expected)
 
 
 def test_words_are_read_at_the_beginning_and_after_a_blank() -> None:

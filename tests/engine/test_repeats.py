@@ -8,17 +8,20 @@ from sinterlm.engine.engine import Engine
 from sinterlm.engine.outputs import Delta
 from sinterlm.engine.sampling import SamplingParams
 from tests.engine.fakes import make_engine
+from tests.engine.texts import chat_assets, vocab_size
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 
-def run(engine: Engine, *requests: SamplingParams, stream: bool = False) -> list[list[Delta]]:
+def run(
+    engine: Engine, *requests: SamplingParams, stream: bool = False, max_steps: int = 8
+) -> list[list[Delta]]:
     """What each call of ``step`` gave, the requests submitted at once."""
     for i, params in enumerate(requests):
         engine.add_request(str(i), [1, 2, 3 + i], params, stream=stream)
     calls = []
     while engine.has_unfinished:
-        calls.append(engine.step(may_repeat=True))
+        calls.append(engine.step(max_steps=max_steps))
     return calls
 
 
@@ -30,9 +33,9 @@ def tokens(calls: list[list[Delta]]) -> dict[str, list[int]]:
 
 
 def test_decodes_run_on_until_the_first_is_full() -> None:
-    plain, repeated = make_engine(), make_engine(num_scheduler_steps=8)
+    plain, repeated = make_engine(), make_engine()
     requests = GREEDY, SamplingParams(temperature=1, seed=4, max_tokens=12, ignore_eos=True)
-    want, got = run(plain, *requests), run(repeated, *requests)
+    want, got = run(plain, *requests, max_steps=1), run(repeated, *requests)
     assert tokens(got) == tokens(want)
     # The prompts and 1 token; 8; the 3 that the second one has left; 8 more of the first.
     assert [len(call) for call in got] == [2, 16, 6, 8]
@@ -40,10 +43,10 @@ def test_decodes_run_on_until_the_first_is_full() -> None:
 
 
 def test_a_stop_token_ends_the_call() -> None:
-    free = tokens(run(make_engine(), GREEDY))["0"]
+    free = tokens(run(make_engine(), GREEDY, max_steps=1))["0"]
     stop = free[6]
     params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[stop])
-    engine = make_engine(num_scheduler_steps=8)
+    engine = make_engine()
     calls = run(engine, params)
     assert tokens(calls)["0"] == free[: free.index(stop) + 1]
     last = calls[-1][-1]
@@ -59,18 +62,34 @@ def test_a_stop_token_ends_the_call() -> None:
     ],
 )
 def test_rules_that_change_keep_to_single_steps(params: SamplingParams) -> None:
-    assert all(len(call) == 1 for call in run(make_engine(num_scheduler_steps=8), params))
+    assert all(len(call) == 1 for call in run(make_engine(), params))
+
+
+def test_streamed_text_is_the_same_and_only_a_stop_string_keeps_to_single_steps() -> None:
+    def text(calls: list[list[Delta]]) -> str:
+        return "".join(delta.text for call in calls for delta in call)
+
+    def engine() -> Engine:
+        return make_engine(vocab_size=vocab_size(), assets=chat_assets())
+
+    want = run(engine(), GREEDY, stream=True, max_steps=1)
+    got = run(engine(), GREEDY, stream=True)
+    assert text(got) == text(want) != "" and [len(call) for call in got] == [1, 8, 8, 3]
+    assert [d.token_ids for call in got for d in call] == [d.token_ids for (d,) in want]
+    stopped = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=("never said",))
+    calls = run(engine(), stopped, stream=True)
+    assert text(calls) == text(want) and all(len(call) == 1 for call in calls)
 
 
 def test_not_while_something_waits() -> None:
-    engine = make_engine(max_num_seqs=1, num_scheduler_steps=8)
+    engine = make_engine(max_num_seqs=1)
     calls = run(engine, GREEDY, GREEDY)
     sizes = [len(call) for call in calls]
     assert sizes[:20] == [1] * 20 and sizes[20:] == [1, 8, 8, 3]
 
 
 def test_not_unless_the_caller_allows_it() -> None:
-    engine = make_engine(num_scheduler_steps=8)
+    engine = make_engine()
     engine.add_request("0", [1, 2, 3], GREEDY)
     while engine.has_unfinished:
         assert len(engine.step()) == 1
@@ -78,7 +97,7 @@ def test_not_unless_the_caller_allows_it() -> None:
 
 def test_only_as_far_as_pages_reach() -> None:
     """A pool of 6 pages of 4: two sequences of 3 + 20 tokens cannot both be whole."""
-    engine = make_engine(num_pages=6, num_scheduler_steps=8, prefix_caching=False)
-    want = tokens(run(make_engine(), GREEDY, GREEDY))
+    engine = make_engine(num_pages=6, prefix_caching=False)
+    want = tokens(run(make_engine(), GREEDY, GREEDY, max_steps=1))
     assert tokens(run(engine, GREEDY, GREEDY)) == want
     assert engine.stats().num_preemptions > 0 and engine.stats().kv_pages_used == 0

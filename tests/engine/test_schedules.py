@@ -99,10 +99,10 @@ def watch(engine: Engine) -> None:
     scheduler = engine.scheduler
     decide = scheduler.schedule
 
-    def schedule(*, may_repeat: bool = False) -> Schedule:
+    def schedule(*, max_steps: int = 1) -> Schedule:
         decoding = {r for r in scheduler._running if r.num_uncomputed == 1}
-        decided = decide(may_repeat=may_repeat)
-        assert may_repeat or decided.num_steps == 1
+        decided = decide(max_steps=max_steps)
+        assert 1 <= decided.num_steps <= max_steps
         check_queues(engine, decided)
         check_room(engine, decided, decoding)
         check_pages(engine)
@@ -166,7 +166,7 @@ def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
             engine.add_request(
                 str(i), ask.prompt, ask.params, priority=ask.priority, cache_salt=ask.cache_salt
             )
-        deltas = engine.step(may_repeat=not pending)
+        deltas = engine.step(max_steps=1 if pending else engine.step_limits.num_scheduler_steps)
         done |= {d.request_id: d.output for d in deltas if d.output is not None}
         step += 1
         assert step < 5000, "starved"

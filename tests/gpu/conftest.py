@@ -37,7 +37,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=["gfx942", *(pytest.param(p, marks=pytest.mark.slow)
-                                    for p in ("sm_90", "sm_90:int4", "gfx942:fp8"))])  # fmt: skip
+                                    for p in ("sm_90", "sm_90:int4", "gfx942:fp8",
+                                              "gfx942:fp8-kv", "sm_90:fp8-kv"))])  # fmt: skip
 def machine(
     triton: None, request: pytest.FixtureRequest, tmp_path: Path, memo: Memo,
     hosts: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
@@ -49,8 +50,8 @@ def machine(
         out = tmp_path / "host.so"
         compile_host(out, defines={f"SL_MUTATE_{mutation}": "1"} if mutation else None)
         hosts[mutation] = out.read_bytes()
-    schemes = {"": None, "int4": Scheme(4, act="graph"), "fp8": fp8(name, act="fp8")}
-    model = tiny("llama-tied", name, schemes[stored])
+    schemes = {"int4": Scheme(4, act="graph"), "fp8": fp8(name, act="fp8")}
+    model = tiny("llama-tied", name, schemes.get(stored), kv_fp8=stored == "fp8-kv")
     table = for_few_rows(model.table)
     objects = compile_objects(table.kernels, device, memo)
     library, weights = tmp_path / "model.so", tmp_path / "weights.bin"

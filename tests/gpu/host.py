@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sinterlm.backends.gpu.simulator import Part, Simulator
-from sinterlm.backends.gpu.table import Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Choice, Table
+from sinterlm.backends.gpu.vendor import LEAST_ROWS
 from sinterlm.compile import model_constants, model_shape
 from sinterlm.runtime.batch import RowSampling, StepBatch
 from sinterlm.runtime.model import Model
@@ -24,32 +25,48 @@ PAGES = {0: [3, 9, 5], 1: [0, 7, 2], 2: [12, 1, 14]}
 PROMPTS = {0: [5, 17, 99, 3, 120, 8, 64], 1: [1], 2: [130, 22, 22]}
 
 
+def _includes() -> list[Path]:
+    """Headers of the vendors, which Triton's wheel brings, and ours."""
+    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
+    ours = ("backends/gpu/host", "backends/cpu/include", "artifact")
+    return [backends / "amd/include", backends / "nvidia/include",
+            *(ROOT / "src/sinterlm" / path for path in ours)]  # fmt: skip
+
+
 def build_driver(folder: Path, vendor: str) -> Path:
     """The fake driver of ``hip`` or ``cuda``, against the headers that Triton's wheel brings."""
-    backends = Path(sysconfig.get_paths()["purelib"]) / "triton/backends"
     out = folder / ("libamdhip64.so" if vendor == "hip" else "libcuda.so.1")
-    includes = [backends / "amd/include", backends / "nvidia/include",
-                *(ROOT / "src/sinterlm" / p for p in ("backends/gpu/host", "backends/cpu/include",
-                                                      "artifact"))]  # fmt: skip
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-DFAKE_{vendor.upper()}"]
-    command += [f"-I{path}" for path in includes]
+    command += [f"-I{path}" for path in _includes()]
     subprocess.run([*command, ROOT / "tests/gpu/fake_driver.cpp", "-o", out], check=True)
     return out
 
 
+def build_gemm(folder: Path, vendor: str) -> Path:
+    """The fake GEMM library of ``hip`` or ``cuda``, against what Triton's wheel brings of it."""
+    out = folder / ("libhipblaslt.so" if vendor == "hip" else "libcublasLt.so.12")
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-DFAKE_{vendor.upper()}"]
+    command += [f"-I{path}" for path in _includes()]
+    subprocess.run([*command, ROOT / "tests/gpu/fake_gemm.cpp", "-o", out], check=True)
+    return out
+
+
 def for_few_rows(table: Table) -> Table:
-    """The kernels that steps of at most 16 tokens need: others would only be compiled."""
-    chosen: dict[tuple[str, str], int] = {}
+    """The kernels that steps of at most 16 tokens need, and of 256 and more where a vendor's GEMM
+    is used: others would only be compiled."""
+    of_vendor = {choice.slot for choice in table.choices if choice.kernel == LEFT_OUT}
+    chosen: dict[tuple[str, str], Choice] = {}
     for choice in table.choices:
-        chosen.setdefault((choice.slot, choice.kind), choice.kernel)
-    kept = sorted(set(chosen.values()))
+        most = LEAST_ROWS - 1 if choice.slot in of_vendor else 0
+        chosen.setdefault((choice.slot, choice.kind), replace(choice, most=most))
+    choices = [*chosen.values()]
+    choices += [c for c in table.choices if c.slot in of_vendor and c.most == 0]
+    kept = sorted({c.kernel for c in choices} - {LEFT_OUT})
     return replace(
         table,
         kernels=tuple(replace(table.kernels[old], id=new) for new, old in enumerate(kept)),
         choices=tuple(
-            replace(c, kernel=kept.index(c.kernel), most=0)
-            for c in table.choices
-            if chosen[c.slot, c.kind] == c.kernel
+            c if c.kernel == LEFT_OUT else replace(c, kernel=kept.index(c.kernel)) for c in choices
         ),
     )
 
@@ -71,7 +88,7 @@ class Machine:
         manifest = SimpleNamespace(
             constants=model_constants(config), layout_hash=self.tiny.plan.layout.layout_hash,
             shape=model_shape(config), kv_bytes_per_token=config.num_layers * config.num_kv_heads
-            * config.head_dim * 4,
+            * config.head_dim * 2 * self.table.facts["kv_bytes"],
         )  # fmt: skip
         return SimpleNamespace(
             manifest=manifest, weights_path=self.weights, library_path=self.library,

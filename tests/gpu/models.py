@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from sinterlm.backends.gpu.simulator import Simulator
 from sinterlm.backends.gpu.table import Table
 from sinterlm.ir.bf16 import to_bf16
 from sinterlm.ir.graph import DecoderConfig, Graph
-from sinterlm.ir.plan import Plan
+from sinterlm.ir.plan import MatrixOrder, Plan
 from sinterlm.ir.quant import ActDType, CodedMatrix, GemmFormat
 from sinterlm.passes.coding import in_format
 from sinterlm.passes.formats import Scheme
@@ -55,16 +55,21 @@ def fp8(device: str, asked: bool = True, act: ActDType = "graph") -> Scheme:
 
 
 def tiny(
-    name: str, device: str, scheme: Scheme | None = None, stored: GemmFormat | None = None
-) -> TinyGpu:
+    name: str, device: str, scheme: Scheme | None = None, stored: GemmFormat | None = None,
+    order: MatrixOrder = "tiles", kv_fp8: bool = False,
+) -> TinyGpu:  # fmt: skip
     """A model; ``scheme`` with act "graph", as a GPU has it. ``stored`` is the format of the
-    projections in the checkpoint."""
+    projections in the checkpoint; ``order`` "pitched" is for the vendor's GEMM; ``kv_fp8``: an fp8
+    KV cache, with scales of all kinds."""
     graph = plain_graph(CONFIGS[name], "bf16")
+    if kv_fp8:
+        scales = ((0.0117, 0.5), (1.0, 0.0031))[: graph.config.num_layers]
+        graph = replace(graph, kv_scales=scales)
     weights = random_weights(graph, seed=len(name))
     projections = [n for n, w in graph.weights.items() if n[0].isdigit() and len(w.shape) == 2]
     brought = {n: coded(weights[n], stored) for n in projections} if stored else {}
     formats = dict.fromkeys(brought, stored) if stored else {}
-    made = plan(graph, scheme=scheme, stored=formats, order="tiles")
+    made = plan(graph, scheme=scheme, stored=formats, order=order)
     packed = np.zeros(made.layout.nbytes, np.uint8)
 
     def read(tensor: str, dtype: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from sinterlm.backends.gpu.devices import Rounding
 from sinterlm.backends.gpu.interpreter import Order, run_kernel
 from sinterlm.backends.gpu.operands import WIDE, operand
 from sinterlm.ir.bf16 import from_bf16, to_bf16
-from sinterlm.ir.fp8 import from_fp8, to_fp8
+from sinterlm.ir.fp8 import FP8_NAN, Fp8Name, from_fp8, to_fp8
 from sinterlm.ir.plan import PackedTensor
 from sinterlm.ir.quant import CodedMatrix, GemmFormat, PanelShape
 from sinterlm.passes.coding import in_format
@@ -23,6 +23,8 @@ NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
 #: To fp8; a test of both sets it.
 ROUNDING: Rounding = "cvt"
+#: Elements of NaN behind each row of a wide matrix; 0 = it lies in tiles. A test of both sets it.
+PADDING = 0
 
 
 def tiles(w: np.ndarray) -> np.ndarray:
@@ -34,12 +36,24 @@ def tiles(w: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
 
 
+def pitched(w: np.ndarray) -> np.ndarray:
+    """[N, K] -> [N][K + PADDING] bf16, N padded with zeros."""
+    full = np.zeros((-(-len(w) // 64) * 64, w.shape[1]), np.float32)
+    full[: len(w)] = w
+    padded = np.full((len(full), w.shape[1] + PADDING), NAN16)
+    padded[:, : w.shape[1]] = to_bf16(full)
+    return padded
+
+
 def matrix(
     w: np.ndarray, form: GemmFormat | None, name: str = "w"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arguments and constants of a kernel that reads w[N, K], in bf16 or in codes."""
     if form is None:
         none = np.zeros(0, np.float32)
+        if PADDING:
+            rows = {name: pitched(w), "w_scale": none, "w_offset": none}
+            return rows, {**WIDE, "W_PITCH": w.shape[1] + PADDING}
         return {name: tiles(w), "w_scale": none, "w_offset": none}, WIDE
     n, k = w.shape
     padded = -(-n // 64) * 64
@@ -148,6 +162,15 @@ def residual(
     return out[:rows], from_bf16(xw[:rows]), ssq[:rows]
 
 
+def interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """64 rows of the one, 64 of the other, and so on, each padded with zeros to 64."""
+    padded = -(-len(first) // 64) * 64
+    both = np.zeros((2, padded, *first.shape[1:]), np.float32)
+    both[0, : len(first)], both[1, : len(first)] = first, second
+    cut = both.reshape(2, padded // 64, 64, *first.shape[1:])
+    return np.ascontiguousarray(np.swapaxes(cut, 0, 1)).reshape(-1, *first.shape[1:])
+
+
 def gate_up(
     xw: np.ndarray, ssq: np.ndarray, gate: np.ndarray, up: np.ndarray,
     biases: tuple[np.ndarray, np.ndarray] | None, tile: Tile, order: Order = "forward",
@@ -156,13 +179,6 @@ def gate_up(
     """xw[T, H], gate and up [F, H] -> h[T, F]; the padding of h is checked to be zeros."""
     (rows, hidden), ffn = xw.shape, len(gate)
     padded = -(-ffn // 64) * 64
-
-    def interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        both = np.zeros((2, padded, *first.shape[1:]), np.float32)
-        both[0, :ffn], both[1, :ffn] = first, second
-        cut = both.reshape(2, padded // 64, 64, *first.shape[1:])
-        return np.ascontiguousarray(np.swapaxes(cut, 0, 1)).reshape(-1, *first.shape[1:])
-
     h = nan16(rows + 1, padded)
     scratch = tile.scratch(rows, padded // tile.BN, 2)
     stored, constants = matrix(interleave(gate, up), form)
@@ -181,7 +197,7 @@ def gate_up(
 @dataclass
 class Paged:
     """Sequences of ``contexts`` tokens, the last ``queries`` of them in this step, over pages that
-    hold NaN wherever nothing was stored."""
+    hold NaN wherever nothing was stored: bf16, or fp8 numbers that are times ``scales``."""
 
     queries: list[int]
     contexts: list[int]
@@ -189,7 +205,9 @@ class Paged:
     dim: int
     page_tokens: int
     seed: int = 0
-    k: np.ndarray = field(init=False)  #: [pages, heads, page_tokens, dim] bf16
+    fp8: Fp8Name | None = None
+    scales: tuple[float, float] = (1.0, 1.0)  #: of K and V
+    k: np.ndarray = field(init=False)  #: [pages, heads, page_tokens, dim]
     v: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,7 +218,10 @@ class Paged:
         for seq, count in enumerate(per_seq):
             self.table[seq, :count], order = order[:count], order[count:]
         shape = (sum(per_seq) + 2, self.heads, self.page_tokens, self.dim)
-        self.k, self.v = nan16(*shape), nan16(*shape)
+        self.k, self.v = (
+            nan16(*shape) if self.fp8 is None else np.full(shape, FP8_NAN[self.fp8], np.uint8)
+            for _ in range(2)
+        )
         self.query_start = np.cumsum([0, *self.queries]).astype(np.int32)
         self.context_lens = np.array(self.contexts, np.int32)
         pairs = list(zip(self.contexts, self.queries, strict=True))
@@ -215,12 +236,19 @@ class Paged:
         """k, v [len, heads, dim] become the first tokens of a sequence."""
         for pos in range(len(k)):
             page, slot = self.table[seq, pos // self.page_tokens], pos % self.page_tokens
-            self.k[page, :, slot], self.v[page, :, slot] = to_bf16(k[pos]), to_bf16(v[pos])
+            for to, values, scale in zip((self.k, self.v), (k, v), self.scales, strict=True):
+                to[page, :, slot] = (
+                    to_bf16(values[pos]) if self.fp8 is None
+                    else to_fp8(values[pos] / np.float32(scale), self.fp8)
+                )  # fmt: skip
 
     def load(self, which: np.ndarray) -> np.ndarray:
         """[T, heads, dim] of the step's tokens from ``self.k`` or ``self.v``."""
         pages, within = self.slots // self.page_tokens, self.slots % self.page_tokens
-        return from_bf16(which[pages, :, within])
+        found = which[pages, :, within]
+        if self.fp8 is None:
+            return from_bf16(found)
+        return from_fp8(found, self.fp8) * np.float32(self.scales[which is self.v])
 
     def strides(self) -> dict[str, int]:
         return {
@@ -247,11 +275,12 @@ def qkv(
         {"xw": to_bf16(xw), "ssq": ssq, **stored,
          "bias": nan32(len(w)) if bias is None else bias, "q_norm": q_norm, "k_norm": k_norm,
          "cos": tables[0], "sin": tables[1], "positions": step.positions, "kv_slots": step.slots,
-         "q": q, "k_base": step.k, "v_base": step.v, "num_tokens": rows, **step.strides(),
+         "q": q, "k_base": step.k, "v_base": step.v, "k_inverse": 1 / step.scales[0],
+         "v_inverse": 1 / step.scales[1], "num_tokens": rows, **step.strides(),
          **scratch},
         {"H": hidden, "HKV": step.heads, "GROUP": group, "D": dim, "EPS": EPS, "QK_EPS": QK_EPS,
-         "HAS_BIAS": bias is not None, "QK_NORM": norms is not None, **constants,
-         **tile.constants()}, order,
+         "HAS_BIAS": bias is not None, "QK_NORM": norms is not None, "KV_FP8": step.fp8 or "",
+         "KV_ROUNDING": ROUNDING, **constants, **tile.constants()}, order,
     )  # fmt: skip
     assert (q[rows] == NAN16).all()
     return from_bf16(q[:rows])
@@ -268,13 +297,14 @@ def attention(
     size = blocks * step.heads * segments * rows_per_block
     run_kernel(
         "attention", (blocks, step.heads, segments),
-        {"q": to_bf16(q), "y": y, "k_base": step.k, "v_base": step.v, "page_table": step.table,
+        {"q": to_bf16(q), "y": y, "k_base": step.k, "v_base": step.v, "k_scale": step.scales[0],
+         "v_scale": step.scales[1], "page_table": step.table,
          "query_start": step.query_start, "context_lens": step.context_lens,
          "part_o": nan32(size * step.dim), "part_ml": nan32(size * 2), "counters": counters,
          "num_seqs": len(step.queries), "table_stride": step.table.shape[1], **step.strides()},
         {"HKV": step.heads, "GROUP": group, "D": step.dim, "SCALE": step.dim**-0.5,
-         "WINDOW": window, "DECODE": decode, "SEQS": 8, "BM": rows_per_block, "TILE": tile,
-         "SEGMENTS": segments, "DRAIN": ""}, order,
+         "WINDOW": window, "KV_FP8": step.fp8 or "", "DECODE": decode, "SEQS": 8,
+         "BM": rows_per_block, "TILE": tile, "SEGMENTS": segments, "DRAIN": ""}, order,
     )  # fmt: skip
     assert not counters.any()
     return from_bf16(y)

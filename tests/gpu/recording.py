@@ -21,14 +21,14 @@ import numpy as np
 from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.interpreter import ELEMENTS, run_kernel
 from sinterlm.backends.gpu.signatures import SIGNATURES
-from sinterlm.backends.gpu.table import Kernel, Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Kernel, Table
 from tests.gpu.code_objects import CodeObject, image_bytes, read_code_object
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_int
 )
-SIZES = {"i32": 4, "i64": 8}
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 OUT_OF_MEMORY, NO_BINARY, NOT_ALLOWED_IN_CAPTURE, ILLEGAL_ADDRESS = 2, 209, 900, 700
 MAX_THREADS = 1024
 
@@ -351,7 +351,7 @@ class RecordingDriver:
             launch = launches[self.position % len(launches)]
             self.position += 1
             fits = {self.table.kernels[c.kernel].name for c in self.table.choices
-                    if c.slot == launch.slot}  # fmt: skip
+                    if c.slot == launch.slot and c.kernel != LEFT_OUT}  # fmt: skip
             if name in fits:
                 break
         if self.moves_weights:
@@ -382,7 +382,9 @@ class RecordingDriver:
         args: dict[str, Any] = {}
         types = SIGNATURES[kernel.name].types(kernel.constants)
         for (name, kind), value in zip(types.items(), launched.args, strict=False):
-            if kind in SIZES:
+            if kind == "fp32":
+                args[name] = struct.unpack("<f", struct.pack("<i", value))[0]
+            elif kind in SIZES:
                 args[name] = value
             elif value == 0:
                 args[name] = np.zeros(0, ELEMENTS[kind])

@@ -28,11 +28,14 @@ SIZES = StepSizes(max_tokens=16, max_seqs=8, max_sample_rows=8, max_model_len=64
 class Caller:
     """A host with allocator, stream and KV tensors of its own: [K, V][page][token][head][D]."""
 
-    def __init__(self, machine: Machine, pages: int = 16, *, own_weights: bool = True) -> None:
+    def __init__(
+        self, machine: Machine, pages: int = 16, *, own_weights: bool = True,
+        sizes: StepSizes = SIZES,
+    ) -> None:  # fmt: skip
         self.machine, self.driver = machine, machine.driver
         self.stream = self.driver.stream()
         weights = self.put(machine.tiny.packed) if own_weights else None
-        self.model = DeviceModel(machine.bundle(), SIZES, weights)
+        self.model = DeviceModel(machine.bundle(), sizes, weights)
         config = machine.tiny.graph.config
         heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
         half = pages * 16 * heads * dim * 2

@@ -28,9 +28,9 @@ from tests.gpu.models import fp8, tiny
 INT4 = Scheme(4, act="graph")
 
 
-def kernels_of(device: str, scheme: Scheme | None = None) -> list[Kernel]:
+def kernels_of(device: str, scheme: Scheme | None = None, kv_fp8: bool = False) -> list[Kernel]:
     """Of each kernel of a tiny model's table the one for few rows, and attention of prompts."""
-    table = tiny("qwen2-window", device, scheme).table
+    table = tiny("qwen2-window", device, scheme, kv_fp8=kv_fp8).table
     first: dict[object, Kernel] = {}
     for kernel in table.kernels:
         first.setdefault((kernel.name, kernel.constants.get("DECODE")), kernel)
@@ -40,7 +40,7 @@ def kernels_of(device: str, scheme: Scheme | None = None) -> list[Kernel]:
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("device", ["gfx942", pytest.param("sm_90", marks=pytest.mark.slow)])
 def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
-    """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; three of the
+    """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; some of the
     kernels here, and all in the slow test below."""
     memo = Memo(test_environment / "memo")
     kernels = [k for k in kernels_of(device) if k.name in ("attention", "residual_matmul")][1:]
@@ -49,6 +49,8 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     table = tiny("qwen2-window", device, fp8(device, act="fp8")).table
     rounding = [k for k in table.kernels if k.constants.get("A_FP8")]
     kernels.append(next(k for k in rounding if k.constants["BM"] == 64))
+    kernels += [k for k in kernels_of(device, kv_fp8=True) if k.constants.get("DECODE")]
+    assert kernels[-1].constants["KV_FP8"]
     made = compile_objects(kernels, DEVICES[device], memo)
     assert [o.kernel for o in made] == kernels
     magic = b"\x7fELF"
@@ -65,18 +67,35 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "scheme",
-    [None, INT4, Scheme(4, 128, "graph"), Scheme(8, 0, "graph"), "graph", "fp8"],
-    ids=["bf16", "int4", "int4-128", "int8-0", "fp8", "fp8-a8"],
+    [None, INT4, Scheme(4, 128, "graph"), Scheme(8, 0, "graph"), "graph", "fp8", "kv"],
+    ids=["bf16", "int4", "int4-128", "int8-0", "fp8", "fp8-a8", "fp8-kv"],
 )
 def test_every_kernel_of_every_device(scheme: Any, device: str) -> None:
     """Compiled twice without a cache: the same bytes."""
+    kv_fp8 = scheme == "kv"
     if isinstance(scheme, str):
-        scheme = fp8(device, act=scheme)
-    kernels = kernels_of(device, scheme)
+        scheme = None if kv_fp8 else fp8(device, act=scheme)
+    kernels = kernels_of(device, scheme, kv_fp8)
+    if kv_fp8:
+        kernels = [k for k in kernels if k.constants.get("KV_FP8")]
     if scheme is not None:
         kernels = [k for k in kernels if k.constants.get("BITS", 16) != 16]
     first, second = (compile_objects(kernels, DEVICES[device], Memo(None)) for _ in range(2))
     assert [o.code for o in first] == [o.code for o in second]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3", "qwen2-window"])
+def test_every_kernel_beside_a_vendors_gemm(
+    model: str, device: str, test_environment: Path
+) -> None:
+    """Matrices in rows, and epilogues: 16-byte loads, too."""
+    table = tiny(model, device, order="pitched").table
+    kernels = [k for k in table.own_kernels if k.constants.get("W_PITCH") or "epilogue" in k.name]
+    made = compile_objects(kernels, DEVICES[device], Memo(test_environment / "memo"))
+    assert {o.kernel.name for o in made} == {k.name for k in kernels} and len(made) >= 12
 
 
 GOOD = {
@@ -120,6 +139,21 @@ def test_products_of_fp8_must_be_native() -> None:
     assert not faults(objects.Object(few, b"", facts), DEVICES["sm_90"])
     facts["fp8_matrix"] = ["wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"]
     assert not faults(objects.Object(many, b"", facts), DEVICES["sm_90"])
+
+
+def test_pages_of_fp8_must_be_converted_and_loaded_natively() -> None:
+    device = DEVICES["sm_90"]
+    kernels = tiny("llama-tied", "sm_90", kv_fp8=True).table.kernels
+    facts = {**GOOD, "matrix": ["mma.sync", "wgmma.mma_async"], "fp8_converts": []}
+    for name in ("attention", "norm_qkv_rope_kv"):
+        kernel = next(k for k in kernels if k.name == name)
+        found = faults(objects.Object(kernel, b"", facts), device)
+        assert found == ["no instruction that converts fp8"]
+        good = {**facts, "fp8_converts": ["cvt.rn.f16x2.e4m3x2"]}
+        assert not faults(objects.Object(kernel, b"", good), device)
+    attention = next(k for k in kernels if k.name == "attention")
+    found = faults(objects.Object(attention, b"", {**good, "byte_loads": 2}), device)
+    assert found == ["2 loads of single bytes"]
 
 
 STORE, WAIT, JOIN, COUNT = (
@@ -170,7 +204,8 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
         (["--target", "gfx90"], "supported: cpu, gfx942"),
         (["--target", "gfx942", "--dtype", "fp32"], "--dtype fp32 is not supported"),
         (["--target", "sm_90", "--act-dtype", "int8"], "--act-dtype int8 is not supported"),
-        (["--target", "sm_90", "--kv-cache-dtype", "int8"], "--kv-cache-dtype int8 is not"),
+        (["--target", "sm_90", "--kv-cache-dtype", "int8"], "give --kv-cache-dtype fp8 or bf16"),
+        (["--kv-cache-dtype", "fp8"], "int8, which a CPU has"),
         (["--target", "gfx942", "--isa", "avx2"], "--isa avx2 is of a CPU"),
         (["--quantization", "fp8"], "--quantization fp8 is not supported with --target cpu"),
         (["--target", "sm_90", "--act-dtype", "fp8"], "there are none; give --quantization fp8"),
@@ -195,15 +230,16 @@ TINY = {
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
-    ("flags", "quantization"),
+    ("flags", "quantization", "kv"),
     [
-        pytest.param(["--quantization", "int4"], "int4 w4g32", marks=pytest.mark.slow),
-        ([], None),
+        pytest.param(["--quantization", "int4"], "int4 w4g32", "bf16", marks=pytest.mark.slow),
+        pytest.param(["--kv-cache-dtype", "fp8_e4m3"], None, "fp8", marks=pytest.mark.slow),
+        ([], None, "bf16"),
     ],
-    ids=["int4", "bf16"],
+    ids=["int4", "fp8-kv", "bf16"],
 )
 def test_compile_inspect_and_refuse_to_run(
-    flags: list[str], quantization: str | None, tmp_path: Path,
+    flags: list[str], quantization: str | None, kv: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The whole way on the command line: weights packed, table shown, and no run."""
@@ -217,7 +253,7 @@ def test_compile_inspect_and_refuse_to_run(
     assert facts["weights_bytes"] > 0
 
     bundle = open_bundle(out, any_isa=True)
-    assert bundle.manifest.quantization == quantization
+    assert (bundle.manifest.quantization, bundle.manifest.kv_cache_dtype) == (quantization, kv)
     table, made = read_archive(archive_of(bundle.library_path.read_bytes()))
     assert isinstance(table, Table) and table.per_step == 13
     assert all(not faults(one, DEVICES["gfx942"]) for one in made)

@@ -52,13 +52,19 @@ def emulated(monkeypatch: pytest.MonkeyPatch, memo: Memo) -> list[str]:
         made_for = {**constants, "DRAIN": DEVICE.drain} if split else constants
         kernel = Kernel(0, name, (Axis("1"),) * 3, made_for, OPTIONS, "")
         (made,) = compile_objects([kernel], DEVICE, memo)
-        values = [a.ctypes.data if isinstance(a := args[arg], np.ndarray) else a
-                  for arg in SIGNATURES[name].args]  # fmt: skip
+        values = [word_of(args[arg], kind) for arg, kind in SIGNATURES[name].args.items()]
         ran.append(name)
         emulate(made, (*grid, *(1,) * (3 - len(grid))), [*values, 0, 0])
 
     monkeypatch.setattr(oplib, "run_kernel", run)
     return ran
+
+
+def word_of(value: Any, kind: str) -> int:
+    """An argument as it lies in memory."""
+    if isinstance(value, np.ndarray):
+        return int(value.ctypes.data)
+    return int(np.float32(value).view(np.int32)) if kind == "fp32" else int(value)
 
 
 def emulate(made: Object, grid: tuple[int, ...], values: list[int]) -> None:

@@ -191,6 +191,28 @@ def test_a_norm_of_next_to_nothing() -> None:
     assert np.all(np.abs(h - truth) <= 2.0**-8 * np.abs(truth) + 1e-5)
 
 
+def check_heads(
+    step: Paged, q: np.ndarray, every: np.ndarray, norms: tuple | None, tables: tuple
+) -> None:
+    """q[T, Hq · D] and the step's pages against ``every`` [T, heads, group + 2, D] in float64,
+    which is neither normed nor turned."""
+    rows, dim = len(q), step.dim
+    parts = {"q": every[:, :, :-2], "k": every[:, :, -2:-1]}
+    c, s = (table[step.positions][:, None].astype("f8") for table in tables)
+    for name, weight in zip(parts, norms or (None, None), strict=True):
+        x = parts[name].reshape(rows, -1, dim)
+        if weight is not None:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + QK_EPS) * weight
+        a, b = np.split(x, 2, axis=-1)
+        parts[name] = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    for got, want in (
+        (q.reshape(rows, -1, dim), parts["q"]),
+        (step.load(step.k), parts["k"]),
+        (step.load(step.v), every[:, :, -1]),
+    ):
+        assert np.all(np.abs(got - want) <= 2.0**-8 * (np.abs(want) + 0.05))
+
+
 @pytest.mark.parametrize(
     ("group", "kv_heads", "dim", "has_norm", "page", "tile", "form"),
     [
@@ -224,21 +246,7 @@ def test_qkv(
     every = exact(xw, oplib.meaning(w, form)[0]) * scales(ssq, hidden) + (
         0 if bias is None else bias
     )
-    every = every.reshape(rows, kv_heads, group + 2, dim)
-    parts = {"q": every[:, :, :-2], "k": every[:, :, -2:-1]}
-    c, s = (table[step.positions][:, None].astype("f8") for table in (cos, sin))
-    for name, weight in zip(parts, norms or (None, None), strict=True):
-        x = parts[name].reshape(rows, -1, dim)
-        if weight is not None:
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + QK_EPS) * weight
-        a, b = np.split(x, 2, axis=-1)
-        parts[name] = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
-    for got, want in (
-        (q.reshape(rows, -1, dim), parts["q"]),
-        (step.load(step.k), parts["k"]),
-        (step.load(step.v), every[:, :, -1]),
-    ):
-        assert np.all(np.abs(got - want) <= 2.0**-8 * (np.abs(want) + 0.05))
+    check_heads(step, q, every.reshape(rows, kv_heads, group + 2, dim), norms, (cos, sin))
     stored = 2 * rows * kv_heads * dim
     assert sum((x != oplib.NAN16).sum() for x in (step.k, step.v)) == stored, "stray stores"
 

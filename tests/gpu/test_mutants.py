@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from sinterlm.backends.gpu import interpreter
+from sinterlm.ir.plan import PITCH_PADDING
+from tests.gpu import oplib
 from tests.gpu import test_embed as embedding
 from tests.gpu import test_fp8 as activations
+from tests.gpu import test_fp8_kv as fp8_kv
 from tests.gpu import test_hidden as hidden
 from tests.gpu import test_kernels as kernels
+from tests.gpu import test_vendor as vendor
 from tests.gpu.oplib import Tile
 
 KERNELS = Path(interpreter.__file__).with_name("kernels")
@@ -34,6 +38,15 @@ class Mutant:
 
 def _residual() -> None:
     kernels.test_residual(3, 320, 64, Tile(BN=16, SPLIT=4), True)
+
+
+def _rows() -> None:
+    """Of a matrix that a vendor's GEMM reads too."""
+    oplib.PADDING = PITCH_PADDING
+    try:
+        _residual()
+    finally:
+        oplib.PADDING = 0
 
 
 def _order() -> None:
@@ -95,7 +108,35 @@ def _rounded(form: str) -> Callable[[], None]:
     return lambda: activations.test_residual(activations.FORMS[form], 37, 256, 128, tile)
 
 
+def _stored_in_fp8() -> None:
+    fp8_kv.test_what_is_stored(4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), "e4m3fn")
+
+
+def _saturated() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fp8_kv.test_what_is_too_large_becomes_the_largest("e4m3fnuz", "cvt", patch)
+
+
+def _read_in_fp8() -> None:
+    fp8_kv.test_attention_of_decoding_rows(5, 4, "e4m3fnuz")
+
+
 MUTANTS = [
+    Mutant("pages' scale left out", "attention.py", "saturated(a * inverse,", "saturated(a,",
+           _stored_in_fp8),
+    Mutant("v's scale of k", "attention.py", "k_inverse if part == GROUP else v_inverse",
+           "k_inverse", _stored_in_fp8),
+    Mutant("pages beyond other devices' largest", "fp8.py", "LARGEST_FN / 2 if FP8",
+           "LARGEST_FNUZ if FP8", _saturated),
+    Mutant("NaN becomes a number", "fp8.py", "tl.where(x > largest, largest, tl.where",
+           "tl.where(x != x, largest, tl.where", _saturated),
+    Mutant("scores without k's scale", "attention.py", "scale *= k_scale", "scale *= 1.0",
+           _read_in_fp8),
+    Mutant("output without v's scale", "attention.py", "result *= v_scale", "result *= 1.0",
+           _read_in_fp8),
+    Mutant("pages of other devices", "attention.py",
+           'tl.float8e4b8 if KV_FP8 == "e4m3fnuz" else tl.float8e4nv', "tl.float8e4nv",
+           _read_in_fp8),
     Mutant("last block of depth left out", "matmul.py", "(split + 1) * blocks // SPLIT * BK",
            "((split + 1) * blocks // SPLIT - 1) * BK", _residual),
     Mutant("bias left out", "matmul.py", "acc += tl.load(bias + n)", "acc += 0 * tl.load(bias + n)",
@@ -179,6 +220,18 @@ MUTANTS = [
            lambda: activations.test_rows_of_any_size(activations.FORMS["e4m3fn-a8g64"])),
     Mutant("row's scale of the neighbour group", "fp8.py", "n // W_GROUP * step",
            "n // 64 * step", lambda: _embed_codes("e4m3fng128")),
+    Mutant("rows of weights packed", "matmul.py", "column = n * W_PITCH", "column = n * K", _rows),
+    Mutant("tiles' step in rows", "matmul.py", "64 if W_PITCH == 0 else 1", "64", _rows),
+    Mutant("up's sums of gate", "epilogues.py", "load_sums(sums, m, gate + 64",
+           "load_sums(sums, m, gate", lambda: vendor.test_gate_up_epilogue(9, 192, 200, 128, True)),
+    Mutant("one row more", "epilogues.py", "live = m < num_tokens", "live = m <= num_tokens",
+           lambda: vendor.test_residual_epilogue(9, 192, 32, True)),
+    Mutant("first columns for all", "epilogues.py", "first + tl.arange(0, BN), live, N",
+           "tl.arange(0, BN), live, N", lambda: vendor.test_residual_epilogue(9, 192, 32, False)),
+    Mutant("a head's first half twice", "epilogues.py", "head * D + D // 2 + d", "head * D + d",
+           lambda: vendor.test_qkv_epilogue(5, 2, 32, True)),
+    Mutant("rows of sums apart as heads are", "epilogues.py", "d, live, N)", "d, live, heads * D)",
+           lambda: vendor.test_qkv_epilogue(1, 3, 32, False)),
 ]  # fmt: skip
 
 

@@ -119,6 +119,9 @@ def test_every_environment_variable_is_documented() -> None:
         for match in re.finditer(r"SINTERLM_[A-Z0-9_]+", path.read_text(encoding="utf-8")):
             if not match[0].endswith("_"):
                 used.setdefault(match[0], str(path.relative_to(ROOT)))
+    for path in (p for p in FILES if p.suffix == ".h"):
+        for match in re.finditer(r'getenv\("(SINTERLM_\w+)"', path.read_text(encoding="utf-8")):
+            used.setdefault(match[1], str(path.relative_to(ROOT)))
     # Named in prose as what Kubernetes injects, never read.
     injected = {name for name in used if re.search(r"_(SERVICE_HOST|PORT(_\d+_TCP)?)$", name)}
     unknown = {name: where for name, where in used.items() if name not in VARIABLES}

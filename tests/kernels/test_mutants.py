@@ -128,8 +128,11 @@ def _weight_only(lib: CodedLib, number: int) -> None:
     coded.test_weight_only_bit_for_bit(lib, number, 13, 1100, 144)
 
 
+#: Where the tile over codes stands at this machine's level.
+CODED_TILE = "tile_narrow.h" if best_isa() == "avx2" else "tile_coded.h"
+
 CODED_MUTANTS = [
-    CodedMutant("skipped K block of codes", "tile_coded.h", "k < stop; k += F::kBlock",
+    CodedMutant("skipped K block of codes", CODED_TILE, "k < stop; k += F::kBlock",
                 "k < stop; k += F::kBlock + (k == 2 * F::kBlock ? F::kBlock : 0)", 0,
                 _coded_residual),
     CodedMutant("scale of the neighbouring group", "formats.h",
@@ -140,7 +143,7 @@ CODED_MUTANTS = [
                 "[(k / F::kUnit + 1) % (p.K / F::kUnit)];", 0, _coded_residual),
     CodedMutant("offset dropped", "tile_coded.h", "v = fma(mul(F::offsets", "fma(mul(F::offsets",
                 3, _coded_residual),
-    CodedMutant("codes not centred", "tile_coded.h", "F::kOffsets ? 0 : -F::kCentre",
+    CodedMutant("codes not centred", CODED_TILE, "F::kOffsets ? 0 : -F::kCentre",
                 "true ? 0 : 1", 2, _coded_residual),
     CodedMutant("saturated group", "formats.h", "127.0f / amax", "150.0f / amax", 0,
                 coded.test_stored_activations),

@@ -75,8 +75,10 @@ def gated() -> tuple[LLM, GatedModel]:
 
 
 @asynccontextmanager
-async def running(llm: LLM, max_waiting: int = 100) -> AsyncIterator[Bridge]:
-    bridge = Bridge(llm, max_waiting=max_waiting)
+async def running(
+    llm: LLM, max_waiting: int = 100, stream_interval: int = 1
+) -> AsyncIterator[Bridge]:
+    bridge = Bridge(llm, max_waiting=max_waiting, stream_interval=stream_interval)
     await bridge.start()
     try:
         yield bridge

@@ -18,11 +18,11 @@ def hinder(seconds: float, last: int) -> None:
     """Make every engine of this process slow and mortal."""
     step, numbers = Engine.step, itertools.count(1)
 
-    def hindered(engine: Engine) -> list[Delta]:
+    def hindered(engine: Engine, **options: int) -> list[Delta]:
         time.sleep(seconds)
         if next(numbers) == last:
             raise RuntimeError("/secret/path")
-        return step(engine)
+        return step(engine, **options)
 
     Engine.step = hindered  # type: ignore[method-assign]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sinterlm.engine.outputs import Delta
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import (
     DrainingError,
@@ -63,6 +64,24 @@ def test_streams_give_what_the_offline_engine_gives() -> None:
             assert all(s.abort_reason is None for s in streams)
 
     run(test)
+    llm.close()
+
+
+def test_with_an_interval_tokens_come_together_and_stay_the_same() -> None:
+    llm, model = gated()
+
+    async def test() -> list[list[Delta]]:
+        answers = []
+        for interval in (1, 4):
+            async with running(llm, stream_interval=interval) as bridge:
+                answers.append(await read(bridge.submit(submission(params=LONG))))
+        return answers
+
+    each, together = asyncio.run(asyncio.wait_for(test(), 60))
+    assert together[:-1] == each[:-1] and {len(delta.token_ids) for delta in together} == {1}
+    assert together[-1].output is not None and each[-1].output is not None
+    assert together[-1].output.outputs == each[-1].output.outputs
+    assert model.num_repeats == 25, "the first token comes with the prompt, then 4 by 4"
     llm.close()
 
 

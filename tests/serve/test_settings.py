@@ -37,6 +37,7 @@ def test_defaults_are_fine() -> None:
         ("api_key", ("two words",)), ("api_key", ("schlüssel",)),
         ("allowed_origins", ("example.org",)), ("allowed_origins", ("https://example.org/x",)),
         ("ssl_keyfile", CERT), ("ssl_ca_certs", CERT), ("ssl_cert_reqs", 3), ("max_waiting", -1),
+        ("stream_interval", 0),
         ("max_body_bytes", 0), ("request_timeout", 0.0), ("read_timeout", 0.0),
         ("send_timeout", float("nan")), ("keep_alive_timeout", -1.0),
         ("shutdown_timeout", float("inf")), ("tool_call_parser", "x"), ("reasoning_parser", "x"),

@@ -142,6 +142,7 @@ def check_compiled_as(manifest: Manifest, options: CompileOptions) -> None:
         "dump_dir": options.dump_dir is not None,
         "code_only": options.code_only,
         "tiles": options.tiles is not None,
+        "vendor_gemm": options.vendor_gemm,
         "quant_group": options.quant_group is not None,
         "act_dtype": options.act_dtype is not None,
         "tensor_parallel_size": options.tensor_parallel_size != 1,

@@ -26,6 +26,7 @@ VARIABLES: dict[str, str] = {
     "SINTERLM_NUM_THREADS": "threads of the model (default: the CPUs this process may use)",
     "SINTERLM_QUANTIZATION": "inside vLLM: int8 or int4, codes that weights are stored in",
     "SINTERLM_SERVER_DEV_MODE": "1 = serve what only development needs: /reset_prefix_cache",
+    "SINTERLM_VENDOR_GEMM": "hipBLASLt's or cuBLASLt's library (default: the one that is found)",
     "SINTERLM_VLLM": "inside vLLM: off (default), on, or require = no fallback to its own models",
     "SINTERLM_VLLM_COUNTERS": "inside vLLM: set by the plugin for the processes that vLLM starts",
 }

@@ -84,7 +84,7 @@ class Manifest:
     isa: str
     dtype: str  #: "bf16" | "fp32"
     quantization: str | None  #: of most weights: "int8", "int4" or "fp8" and its format
-    kv_cache_dtype: str  #: what KV pages hold: dtype, or "int8"
+    kv_cache_dtype: str  #: what KV pages hold: dtype, "int8" or "fp8"
     model: str  #: what the user called it
     code_key: str
     weights_key: str
@@ -146,7 +146,7 @@ def show_dtypes(dtype: str, quantization: str | None, kv_cache_dtype: str) -> st
     return weights if kv_cache_dtype == dtype else f"{weights}, KV cache {kv_cache_dtype}"
 
 
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+_ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1}
 _FILE_PATH = re.compile(
     r"(\.\./\.\./(code|weights)/[0-9a-f]{64}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,80}"
 )
@@ -194,7 +194,7 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"max_model_len is {manifest.max_model_len}")
     if manifest.dtype not in ("bf16", "fp32"):
         raise ValueError(f"dtype is {manifest.dtype[:40]!r}")
-    if manifest.kv_cache_dtype not in (manifest.dtype, "int8"):
+    if manifest.kv_cache_dtype not in (manifest.dtype, "int8", "fp8"):
         raise ValueError(f"kv_cache_dtype is {manifest.kv_cache_dtype[:40]!r}")
     if manifest.layout_hash < 0 or min(0, *_sizes(manifest)) < 0:
         raise ValueError("a size or hash is negative")

@@ -42,6 +42,7 @@ class Target:
     logprobs: int | None = None
     send_token_ids: bool = False  #: prompts as token ids; completions only
     verify_tls: bool = True
+    keep_alive: bool = True  #: False = a connection for each request
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -99,13 +100,12 @@ def _messages(request: Request, history: History) -> list[dict[str, str]]:
 
 
 def open_session(target: Target, max_concurrency: int | None) -> aiohttp.ClientSession:
-    """A session that keeps connections; to be closed by the caller. Raises UsageError without
-    aiohttp."""
+    """A session that keeps connections if ``target`` does; to be closed by the caller. Raises
+    UsageError without aiohttp."""
     http = import_http()
     limit = max_concurrency or 0
-    connector = http.TCPConnector(
-        limit=limit, limit_per_host=limit, keepalive_timeout=60, ssl=target.verify_tls
-    )
+    kept = {"keepalive_timeout": 60} if target.keep_alive else {"force_close": True}
+    connector = http.TCPConnector(limit=limit, limit_per_host=limit, ssl=target.verify_tls, **kept)
     timeout = http.ClientTimeout(total=_TIMEOUT_S)
     session: aiohttp.ClientSession = http.ClientSession(
         connector=connector, timeout=timeout, trust_env=True

@@ -84,10 +84,10 @@ class PhasedEngine(Engine):
         max_pages = -(-limits.max_model_len // page_tokens)
         self._builder = _PhasedBuilder(self.step_limits, max_pages, phases)
 
-    def step(self, *, may_repeat: bool = False) -> list[Delta]:
+    def step(self, *, max_steps: int = 1) -> list[Delta]:
         """Run one step, as ``Engine.step`` does."""
         start = time.perf_counter()
-        deltas = super().step(may_repeat=may_repeat)
+        deltas = super().step(max_steps=max_steps)
         self.phases.engine_s += time.perf_counter() - start
         return deltas
 
@@ -132,9 +132,9 @@ class _PhasedScheduler(Scheduler):
         super().__init__(pool, limits, counters, prefix_caching=False)
         self._phases = phases
 
-    def schedule(self, *, may_repeat: bool = False) -> Schedule:
+    def schedule(self, *, max_steps: int = 1) -> Schedule:
         start = time.perf_counter()
-        done = super().schedule(may_repeat=may_repeat)
+        done = super().schedule(max_steps=max_steps)
         self._phases.book("schedule", start)
         return done
 

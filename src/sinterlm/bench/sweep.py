@@ -217,9 +217,15 @@ class Sweep:
 
 
 def _target(server: Server) -> Target:
-    """Greedy, no early end, token ids, and what the engine needs beside."""
+    """Greedy, no early end, token ids, and what the engine needs beside.
+
+    Every request has a connection of its own: llama-server closes some that it promised to keep.
+    """
     body = {"temperature": 0.0, **server.launch.extra_body}
-    return Target(server.url, server.model, extra_body=body, ignore_eos=True, send_token_ids=True)
+    return Target(
+        server.url, server.model, extra_body=body, ignore_eos=True, send_token_ids=True,
+        keep_alive=False,
+    )  # fmt: skip
 
 
 def _facts(

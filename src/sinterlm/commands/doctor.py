@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,7 @@ def _checks(cache_dir: Path | None) -> list[Callable[[], Check]]:
 
     return [
         check_python, check_isa, check_compiler, check_threads, check_memory, check_huge_pages,
-        cache, check_demo_model, check_gpu, self_test,
+        cache, check_demo_model, check_gpu, check_vendor_gemm, self_test,
     ]  # fmt: skip
 
 
@@ -224,13 +224,8 @@ def check_demo_model() -> Check:
 
 def check_gpu() -> Check:
     """GPU drivers that can be opened: what ``--target`` of a GPU needs to run."""
-    found = []
-    for name, library in (("CUDA", "libcuda.so.1"), ("HIP", "libamdhip64.so")):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        found.append(f"{name} ({library})")
+    drivers = {"CUDA": ("libcuda.so.1",), "HIP": ("libamdhip64.so",)}
+    found = [f"{name} ({file})" for name, files in drivers.items() if (file := _opens(files))]
     if not found:
         text = "no CUDA or HIP driver: models can be compiled for a GPU here, and not run on one"
     else:
@@ -238,6 +233,30 @@ def check_gpu() -> Check:
             f"{', '.join(found)}; used with --target of a GPU alone, which no device has confirmed"
         )
     return Check("gpu", "info", text, data={"drivers": found})
+
+
+def check_vendor_gemm() -> Check:
+    """GEMM libraries that can be opened: what bundles made with ``--vendor-gemm`` need to run."""
+    from sinterlm.backends.gpu.vendor import LIBRARIES
+
+    found = [f"{library.name} ({file})" for library in LIBRARIES.values()
+             if (file := _opens(library.files))]  # fmt: skip
+    missing = "; ".join(f"{library.name} is of {library.package}" for library in LIBRARIES.values())
+    text = (
+        ", ".join(found) or f"neither hipBLASLt nor cuBLASLt, for --vendor-gemm alone ({missing})"
+    )
+    return Check("vendor gemm", "info", text, data={"libraries": found})
+
+
+def _opens(files: Sequence[str]) -> str | None:
+    """The first of ``files`` that the loader finds."""
+    for file in files:
+        try:
+            ctypes.CDLL(file)
+        except OSError:
+            continue
+        return file
+    return None
 
 
 def check_self_test(cache_dir: Path | None) -> Check:

@@ -13,7 +13,13 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from sinterlm.options import DTYPE_SPELLINGS, CompileOptions, EngineOptions, ServeOptions
+from sinterlm.options import (
+    DTYPE_SPELLINGS,
+    KV_CACHE_DTYPE_SPELLINGS,
+    CompileOptions,
+    EngineOptions,
+    ServeOptions,
+)
 
 Options = TypeVar("Options", CompileOptions, EngineOptions, ServeOptions)
 OptionsClass = type[CompileOptions] | type[EngineOptions] | type[ServeOptions]
@@ -30,12 +36,14 @@ HELP: dict[str, str] = {
     "128 for int8, 32 for int4; fp8 has 0)",
     "act_dtype": "GEMM operands beside quantized weights; bf16 = weight-only, fp8 goes with fp8 "
     "weights on a GPU (default: int8, on a GPU bf16)",
-    "kv_cache_dtype": "what the KV cache holds; int8 = codes with a scale per token and KV head, "
-    "about half of bf16's memory (auto = as dtype)",
+    "kv_cache_dtype": "what the KV cache holds, in about half of bf16's memory: int8 = codes with "
+    "a scale per token and KV head (CPU), fp8 = e4m3 with scales per layer (GPU); auto = as dtype",
     "target": "what to compile for",
     "isa": "instruction-set level (default: the widest this machine has)",
     "tiles": "tile table of a GPU target, as `sinterlm tune` writes it (default: what it left in "
     "the cache, or the shipped one)",
+    "vendor_gemm": "on a GPU hipBLASLt or cuBLASLt multiplies bf16 matrices in steps of 256 tokens "
+    "and more; packs them another way, and bits depend on the batch (default: off)",
     "load_format": "dummy = seeded random weights, nothing is read or downloaded",
     "seed": "base of every random draw that has no seed of its own, and of dummy weights",
     "max_model_len": "longest context, tokens (default: the model's own)",
@@ -75,6 +83,8 @@ HELP: dict[str, str] = {
     "ssl_ca_certs": "PEM certificates of authorities that clients' certificates must come from",
     "ssl_cert_reqs": "client certificates: 0 not asked for, 1 optional, 2 required",
     "max_waiting": "requests that may wait for the engine; one more gets a 429",
+    "stream_interval": "tokens that a stream gets together while nothing waits: more leave less "
+    "work between steps, and larger gaps between what a reader sees",
     "max_body_bytes": "longest request body, bytes or 16M",
     "request_timeout": "seconds until a request is ended (default: never)",
     "read_timeout": "seconds a client may take to send its headers, and then its body",
@@ -152,8 +162,17 @@ def parse_dtype(text: str) -> str:
     return DTYPE_SPELLINGS[text]
 
 
+def parse_kv_cache_dtype(text: str) -> str:
+    """``auto``, ``bf16``, ``int8`` or ``fp8`` from any accepted spelling."""
+    if text not in KV_CACHE_DTYPE_SPELLINGS:
+        known = ", ".join(KV_CACHE_DTYPE_SPELLINGS)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
+    return KV_CACHE_DTYPE_SPELLINGS[text]
+
+
 _PARSERS: dict[str, Any] = {
     "dtype": parse_dtype,
+    "kv_cache_dtype": parse_kv_cache_dtype,
     "kv_cache_memory_bytes": parse_size,
     "cpu_ids": parse_cpu_ids,
     "cache_dir": parse_folder,
@@ -167,7 +186,8 @@ _PARSERS: dict[str, Any] = {
     "max_body_bytes": parse_size,
 }
 _METAVARS: dict[str, str] = {
-    "dtype": "{auto,bf16,fp32}", "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
+    "dtype": "{auto,bf16,fp32}", "kv_cache_dtype": "{auto,bf16,int8,fp8}",
+    "kv_cache_memory_bytes": "BYTES", "cpu_ids": "LIST",
     "max_model_len": "TOKENS", "max_num_batched_tokens": "TOKENS", "block_size": "TOKENS",
     "max_mixed_prefill_tokens": "TOKENS", "kv_cache_memory_fraction": "SHARE",
     "gpu_memory_utilization": "SHARE",

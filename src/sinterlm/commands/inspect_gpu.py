@@ -44,11 +44,31 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
         "per_step": table.per_step,
         "per_layer": sum(launch.layer == 0 for launch in table.launches),
         "kernels": [_kernel(table, i, found.get(i)) for i in range(len(table.kernels))],
+        "vendor_gemm": _vendor_gemm(table),
         "scratch": [
             {"name": b.name, "unit": b.unit, "bytes": b.nbytes, "offset": b.offset}
             for b in table.buffers
         ],
     }
+
+
+def _vendor_gemm(table: Table) -> dict[str, Any] | None:
+    """What the vendor's library multiplies, and what our kernels do at any number of rows; None
+    where it is not used."""
+    from sinterlm.backends.gpu.devices import DEVICES
+    from sinterlm.backends.gpu.vendor import LEAST_ROWS, LIBRARIES
+
+    if not table.uses_vendor:
+        return None
+    many = {"T": LEAST_ROWS, "R": 1, "S": 1, "N": 0}
+    kernels = table.launches_of(many, False)
+    slots = dict.fromkeys(launch.slot.removesuffix(".product") for launch, k in kernels
+                          if k.is_vendor)  # fmt: skip
+    ours = dict.fromkeys(launch.slot for launch, k in kernels if "BITS" in k.constants)
+    return {
+        "library": LIBRARIES[DEVICES[table.device].vendor].name, "least_tokens": LEAST_ROWS,
+        "launches": len(kernels), "gemms": list(slots), "ours": list(ours),
+    }  # fmt: skip
 
 
 def _kernel(table: Table, number: int, made: dict[str, Any] | None) -> dict[str, Any]:
@@ -64,10 +84,14 @@ def _kernel(table: Table, number: int, made: dict[str, Any] | None) -> dict[str,
 
 def print_launches(facts: dict[str, Any]) -> None:
     """The table of kernels, on stdout."""
+    from sinterlm.backends.gpu.vendor import VENDOR_GEMM
+
     rows = []
     for k in facts["kernels"]:
         tile = " ".join(f"{n}={k['constants'][n]}" for n in ("BM", "BN", "BK", "SPLIT", "TILE",
                         "SEGMENTS") if n in k["constants"])  # fmt: skip
+        if k["kernel"] == VENDOR_GEMM:
+            tile = " ".join(f"{n}={k['constants'][n]}" for n in ("N", "K"))
         most = "any" if not k["most"][0] else f"<= {k['most'][0]}"
         steps = k["kind"] if k["kind"] != "any" else f"{k['unit']} {most}"
         made = k["object"] or {}
@@ -76,7 +100,7 @@ def print_launches(facts: dict[str, Any]) -> None:
             steps,
             " x ".join(axis.replace("1/1*", "") for axis in k["grid"] if axis != "1/1*1"),
             tile,
-            k["options"]["num_warps"],
+            k["options"].get("num_warps", ""),
         ]
         if made:
             cells += [made["registers"], made["shared_bytes"], made["spills"],
@@ -90,3 +114,10 @@ def print_launches(facts: dict[str, Any]) -> None:
         f"{facts['per_layer']} per layer; tiles {facts['tiles']}",
         columns, rows, right=range(4, 8),
     )  # fmt: skip
+    vendor = facts["vendor_gemm"]
+    if vendor:
+        print(
+            f"Steps of {vendor['least_tokens']} tokens and more: {vendor['launches']} launches; "
+            f"{vendor['library']} multiplies {', '.join(vendor['gemms'])}, our kernels "
+            f"{', '.join(vendor['ours'])}"
+        )

@@ -173,18 +173,18 @@ class Engine:
         for request in group.requests:
             self.scheduler.add(request)
 
-    def step(self, *, may_repeat: bool = False) -> list[Delta]:
+    def step(self, *, max_steps: int = 1) -> list[Delta]:
         """Run one step of everything that fits in it; what it drew, one delta for each token.
 
-        With ``may_repeat`` several, where nobody can tell the difference but by the clock: for a
-        caller who adds and aborts nothing while requests run.
+        Up to ``max_steps`` of them, where nobody can tell the difference but by the clock: what is
+        added, aborted or past its deadline meanwhile waits for them all.
         First, whatever is past its deadline ends; with a delta too, which has no token. After an
         exception only ``reset`` may follow: pages were promised what was not computed.
         """
         self._lower_switch_interval()
         now = time.perf_counter()
         deltas = self._expire(now)
-        schedule = self.scheduler.schedule(may_repeat=may_repeat)
+        schedule = self.scheduler.schedule(max_steps=max_steps)
         for chunk in schedule.chunks:
             chunk.request.group.begin(now)
         if schedule.chunks:

@@ -33,11 +33,11 @@ from sinterlm.engine.sampling import SamplingParams
 from sinterlm.errors import PromptError, ResourceError, UsageError
 from sinterlm.options import (
     DTYPE_SPELLINGS,
+    KV_CACHE_DTYPE_SPELLINGS,
     ActDTypeName,
     CompileOptions,
     EngineOptions,
     IsaName,
-    KvCacheDTypeName,
     QuantizationName,
 )
 from sinterlm.runtime.batch import Float32
@@ -65,10 +65,11 @@ class LLM:
         quantization: QuantizationName | None = None,
         quant_group: int | None = None,
         act_dtype: ActDTypeName | None = None,
-        kv_cache_dtype: KvCacheDTypeName = "auto",
+        kv_cache_dtype: str = "auto",
         target: str = "cpu",
         isa: IsaName | None = None,
         tiles: str | Path | None = None,
+        vendor_gemm: bool = False,
         load_format: Literal["auto", "dummy"] = "auto",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -92,6 +93,9 @@ class LLM:
     ) -> None:
         if dtype not in DTYPE_SPELLINGS:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPE_SPELLINGS)}")
+        if kv_cache_dtype not in KV_CACHE_DTYPE_SPELLINGS:
+            known = ", ".join(KV_CACHE_DTYPE_SPELLINGS)
+            raise UsageError(f"kv_cache_dtype={kv_cache_dtype!r} is none of {known}")
         engine_options = EngineOptions(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -117,10 +121,11 @@ class LLM:
             quantization=quantization,
             quant_group=quant_group,
             act_dtype=act_dtype,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=KV_CACHE_DTYPE_SPELLINGS[kv_cache_dtype],
             target=target,
             isa=isa,
             tiles=None if tiles is None else Path(tiles),
+            vendor_gemm=vendor_gemm,
             load_format=load_format,
             seed=seed,
             max_model_len=max_model_len,
@@ -342,8 +347,9 @@ class LLM:
         finished: dict[str, RequestOutput] = {}
         with self._exclusive() as engine:
             ids = self._add_all(engine, prompts, params)
+            most = engine.step_limits.num_scheduler_steps
             while engine.has_unfinished:
-                for delta in engine.step(may_repeat=True):
+                for delta in engine.step(max_steps=most):
                     if delta.output is not None:
                         finished[delta.request_id] = delta.output
                         if use_tqdm:

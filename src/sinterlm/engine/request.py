@@ -149,7 +149,7 @@ class Request:
     def can_repeat(self) -> bool:
         """Whether several tokens may be drawn before Python sees one: nothing but a stop token ends
         it, and every row is drawn by rules that hold still."""
-        watched = self.text is not None and self.text.is_watched
+        watched = self.text is not None and self.text.may_stop
         changing = self.group.params.has_penalties or self.bad_words is not None
         return not watched and not changing and self.can_draft
 

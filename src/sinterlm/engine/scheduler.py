@@ -110,10 +110,10 @@ class Scheduler:
         self.check_fits(request.tokens.num_prompt, request.max_total_tokens)
         insort(self._waiting, request, key=_ORDER)
 
-    def schedule(self, *, may_repeat: bool = False) -> Schedule:
+    def schedule(self, *, max_steps: int = 1) -> Schedule:
         """Decide the next step. Empty only when there is nothing to do.
 
-        With ``may_repeat`` it may be one that runs on by itself for several.
+        With ``max_steps`` above 1 it may be one that runs on by itself for so many.
         """
         plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_sample_rows)
         self._plan_decodes(plan)
@@ -122,7 +122,7 @@ class Scheduler:
         for request, chunk in plan.chunks.items():
             known = request.num_computed + chunk.num_tokens - chunk.num_drafts
             self._prefix.name_pages(request, known)
-        num_steps = self._plan_repeats(plan) if may_repeat else 1
+        num_steps = self._plan_repeats(plan, max_steps) if max_steps > 1 else 1
         return Schedule(list(plan.chunks.values()), plan.preempted, num_steps)
 
     def commit(self, schedule: Schedule, tokens: Sequence[int]) -> list[Drawn]:
@@ -185,14 +185,14 @@ class Scheduler:
                 request.tokens.stage(drafts)
                 plan.put(Chunk(request, 1 + len(drafts), samples=True, num_drafts=len(drafts)))
 
-    def _plan_repeats(self, plan: _Plan) -> int:
+    def _plan_repeats(self, plan: _Plan, max_steps: int) -> int:
         """How many steps may run before anything but a stop token needs a decision: until the first
         sequence is full, as far as pages reach, if nothing waits and all that runs decodes."""
-        steps = self.limits.num_scheduler_steps
         if self._proposer or self._waiting or len(plan.chunks) < len(self._running):
             return 1
         if any(c.num_tokens > 1 or c.num_rows != 1 for c in plan.chunks.values()):
             return 1
+        steps = max_steps
         for request in plan.chunks:
             if not request.can_repeat:
                 return 1

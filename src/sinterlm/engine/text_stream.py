@@ -81,9 +81,9 @@ class TextStream:
         self._finished = False
 
     @property
-    def is_watched(self) -> bool:
-        """Whether each token's text matters as soon as it is drawn."""
-        return self._eager
+    def may_stop(self) -> bool:
+        """Whether the text itself, by a stop string, can end the sequence."""
+        return bool(self._stop)
 
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Add a token. Returns the stop string that it completed, None otherwise.

@@ -91,6 +91,11 @@ class Checkpoint(ABC):
             return self.stored_formats
         return {}
 
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """What numbers of k, and of v, are times in an fp8 KV cache, layer by layer: 1 where the
+        checkpoint tells nothing, as in vLLM. Raises CheckpointError."""
+        return ((1.0, 1.0),) * self.config.num_layers
+
     def origin(self, name: str, form: GemmFormat) -> str:
         """Where the codes of a matrix in ``form`` come from, if not from floats."""
         source = self._info(name).dtype

@@ -16,6 +16,7 @@ from sinterlm.frontend.decoder import EMBED, LM_HEAD
 from sinterlm.frontend.fields import Fields, read_json
 from sinterlm.frontend.hf_config import read_config, with_tensors
 from sinterlm.frontend.hf_text import read_text_assets
+from sinterlm.frontend.kv_scales import fold_kv_scales, read_kv_scales
 from sinterlm.frontend.numeric import INTEGERS, STORAGE, Array, ReadDType, convert
 from sinterlm.frontend.quantization_config import read_quantization
 from sinterlm.frontend.weights import MappedFiles, StoredTensor, check_floats, find_shards
@@ -54,6 +55,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._quantization = read_quantization(Fields(self._config_json, "config.json"))
         if self._quantization is not None:
             self._stored, self._coded = fold_coded(self._stored, self._quantization)
+        self._stored, self._kv_scales = fold_kv_scales(self._stored, config.num_layers)
         check_floats(self._stored)
         self.is_quantised = bool(self._coded)
         self._maps = MappedFiles()
@@ -97,6 +99,10 @@ class SafetensorsCheckpoint(Checkpoint):
             return None
         found = self._coded[name].read(name, self._elements).coded(form.group)
         return found.written_as(form.code)
+
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """See Checkpoint.kv_scales."""
+        return read_kv_scales(self._kv_scales, self.config.num_layers, self._elements)
 
     def close(self) -> None:
         """Drop the file maps."""

@@ -116,6 +116,10 @@ class PartCheckpoint(Checkpoint):
         """The rank's block of the tensor; codes of a GGUF file become the floats they stand for."""
         return self.part.slice(name, self.whole.read(name, dtype))
 
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """The whole checkpoint's."""
+        return self.whole.kv_scales()
+
     def digest(self, progress: Progress | None = None) -> str:
         """Of the whole checkpoint and this part of it."""
         return self.digest_from(self.whole.digest(progress))

@@ -120,8 +120,9 @@ def _only_blocks(fields: Fields, key: str) -> None:
 
 
 def _compressed_tensors(fields: Fields) -> QuantConfig:
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "transform_config"):
         _only(fields, key, fields.data.get(key), (None, {}))
+    _kv_cache_scheme(fields)
     _only(fields, "quantization_status",
           fields.text("quantization_status", "compressed"), ("compressed",))  # fmt: skip
     groups = fields.child("config_groups")
@@ -154,6 +155,19 @@ def _compressed_tensors(fields: Fields) -> QuantConfig:
         act=_activations(group),
         reorders=weights.data.get("actorder") in ("group", True),
     )
+
+
+def _kv_cache_scheme(fields: Fields) -> None:
+    """Scales of an fp8 KV cache, one of k and one of v in a layer; ``kv_scales`` reads them."""
+    if fields.data.get("kv_cache_scheme") in (None, {}):
+        return
+    scheme = fields.child("kv_cache_scheme")
+    assert scheme is not None
+    _only(scheme, "type", scheme.text("type", "int"), ("float",))
+    _only(scheme, "num_bits", scheme.integer("num_bits", 8, high=MAX_INT), (8,))
+    _only(scheme, "strategy", scheme.text("strategy", "tensor"), ("tensor",))
+    _only(scheme, "symmetric", scheme.boolean("symmetric", True), (True,))
+    _only(scheme, "dynamic", scheme.data.get("dynamic"), (None, False))
 
 
 def _float_quantized(weights: Fields) -> QuantConfig:

@@ -18,9 +18,10 @@ F32 = NDArray[np.float32]
 
 #: Largest finite value.
 FP8_MAX: dict[Fp8Name, float] = {"e4m3fn": 448.0, "e4m3fnuz": 240.0}
+#: A code of NaN.
+FP8_NAN: dict[Fp8Name, int] = {"e4m3fn": 0x7F, "e4m3fnuz": 0x80}
 _BIAS: dict[Fp8Name, int] = {"e4m3fn": 7, "e4m3fnuz": 8}
 _LARGEST: dict[Fp8Name, int] = {"e4m3fn": 0x7E, "e4m3fnuz": 0x7F}
-_NAN: dict[Fp8Name, int] = {"e4m3fn": 0x7F, "e4m3fnuz": 0x80}
 
 
 def _values(name: Fp8Name) -> F32:
@@ -61,7 +62,7 @@ def to_fp8(values: NDArray[Any], name: Fp8Name) -> Bytes:
     if name == "e4m3fnuz":
         sign[code == 0] = 0
     code |= sign
-    code[size > np.uint32(0x7F800000)] = _NAN[name]
+    code[size > np.uint32(0x7F800000)] = FP8_NAN[name]
     return code
 
 
@@ -70,5 +71,5 @@ def fn_to_fnuz(codes: Bytes) -> Bytes:
     zero, which becomes zero, and NaN."""
     out = codes.copy()
     out[codes == 0x80] = 0
-    out[(codes & 0x7F) == 0x7F] = _NAN["e4m3fnuz"]
+    out[(codes & 0x7F) == 0x7F] = FP8_NAN["e4m3fnuz"]
     return out

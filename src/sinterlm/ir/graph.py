@@ -80,7 +80,7 @@ class Graph:
     """Ops in execution order plus the tables of values and weights they name."""
 
     config: DecoderConfig
-    dtype: str  #: dtype of GEMM operands, q, and KV unless it is in codes: "bf16" | "fp32"
+    dtype: str  #: dtype of GEMM operands, q, and KV unless it is int8 or fp8: "bf16" | "fp32"
     ops: tuple[Op, ...]
     values: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -88,11 +88,13 @@ class Graph:
     #: ``passes.formats``. Weights that one GEMM reads together have one format.
     formats: dict[str, GemmFormat] = field(default_factory=dict)
     kv_in_codes: bool = False  #: KV is int8, one scale per token and KV head for K and one for V
+    #: KV is fp8, e4m3: what numbers of k, and of v, are times in each layer; () = it is not.
+    kv_scales: tuple[tuple[float, float], ...] = ()
     #: Ranks that share the model out; config, shapes and weights are those of one of them, and the
     #: projections back to the residual stream end in a sum over all.
     num_ranks: int = 1
 
     @property
     def kv_dtype(self) -> str:
-        """What KV is stored in: ``dtype`` or "int8"."""
-        return "int8" if self.kv_in_codes else self.dtype
+        """What KV is stored in: ``dtype``, "int8" or "fp8"."""
+        return "int8" if self.kv_in_codes else "fp8" if self.kv_scales else self.dtype

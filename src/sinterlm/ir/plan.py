@@ -10,8 +10,8 @@ writes them down. Packed layouts:
   them, so that one stream feeds a worker. 8 bits: ``[group/4][64][4]`` bytes. 4 bits:
   ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
-* ``tiles``:  a GPU's GEMM operand, ``[N/64][K/64][64][64]``, 64 of k side by side, in bf16; or in
-  codes, as ``backends/gpu/kernels/codes.py`` and ``fp8.py`` beside it describe them.
+* ``tiles``:  a GPU's, bf16 ``[N/64][K/64][64][64]``; codes as ``backends/gpu/kernels`` has them.
+* ``pitched``: bf16 ``[N][K + 64]``, for a GPU vendor's GEMM library, which knows rows alone.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -24,8 +24,13 @@ from typing import Literal
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import GemmFormat
 
-#: How a target wants its GEMM operands.
-MatrixOrder = Literal["panels", "tiles"]
+#: How a target wants its GEMM operands; "pitched" = layers' matrices in bf16 so, others in tiles.
+MatrixOrder = Literal["panels", "tiles", "pitched"]
+Kind = Literal["panels", "tiles", "pitched", "rows", "vector"]
+
+#: Zeros between the rows of a ``pitched`` matrix: rows of a multiple of 256 elements, as nearly all
+#: models have, would else lie multiples of 512 bytes apart and begin at one memory channel.
+PITCH_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class PackedTensor:
     """One tensor of the weights file. ``offset`` is a multiple of 64 bytes."""
 
     name: str  #: "embed", "lm_head", "final_norm", "layers.3.qkv", "layers.3.qkv_bias", …
-    kind: Literal["panels", "tiles", "rows", "vector"]
+    kind: Kind
     #: The last three: in codes, see ``format``.
     dtype: Literal["bf16", "fp32", "int8", "int4", "fp8"]
     n: int  #: columns (rows of an embedding table), padded

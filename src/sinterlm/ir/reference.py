@@ -7,7 +7,7 @@ Precisions:
         GEMM (normed or norm-weighted x, attention's y, h); q, k, v; attention probabilities before
         they weigh v. All else, sums included, is float32.
 KV of a graph with ``kv_in_codes`` is what its int8 codes stand for, at every precision, and then
-probabilities are not rounded.
+probabilities are not rounded; that of one with ``kv_scales`` is e4m3 numbers times their scale.
 A GEMM of a graph with formats multiplies what its codes stand for: activations become codes where
 kernels store them (``reference_codes``), and weights are given as CodedMatrix. At fp64 too.
 """
@@ -24,7 +24,7 @@ from sinterlm.ir.bf16 import from_bf16, round_bf16
 from sinterlm.ir.graph import Graph
 from sinterlm.ir.quant import CodedMatrix
 from sinterlm.ir.reference_attention import RefCache
-from sinterlm.ir.reference_codes import code_rows, coded_heads, fp8_rows
+from sinterlm.ir.reference_codes import code_rows, coded_heads, fp8_heads, fp8_rows
 from sinterlm.ir.reference_ops import Context, RefBatch, evaluate
 
 Array = NDArray[Any]
@@ -67,7 +67,7 @@ class Reference:
             config=self.graph.config,
             dtype=self._dtype,
             narrow=self._narrow,
-            kv=self._coded if self.graph.kv_in_codes else self._narrow,
+            kv=self._paged,
             prob=_same if self.graph.kv_in_codes else self._narrow,
             operand=self._operand,
             matrix=self._matrix,
@@ -82,8 +82,12 @@ class Reference:
             context.values.update(zip(op.writes, written, strict=True))
         return context.values
 
-    def _coded(self, heads: Array) -> Array:
-        return coded_heads(heads).astype(self._dtype)
+    def _paged(self, heads: Array, layer: int, which: int) -> Array:
+        if self.graph.kv_scales:
+            return fp8_heads(heads, self.graph.kv_scales[layer][which]).astype(self._dtype)
+        if self.graph.kv_in_codes:
+            return coded_heads(heads).astype(self._dtype)
+        return self._narrow(heads)
 
     def _operand(self, name: str, values: Array) -> Array:
         form = self._operands.get(name)

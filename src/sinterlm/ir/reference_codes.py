@@ -88,6 +88,16 @@ def coded_heads(values: NDArray[Any]) -> F32:
     return np.asarray(codes * scales[..., None], np.float32)
 
 
+def fp8_heads(values: NDArray[Any], scale: float) -> F32:
+    """What K or V [T, Hkv, D] stand for once they are in pages of e4m3fn numbers that are times
+    ``scale``, in fp32: what is beyond the largest number becomes it, and NaN stays. e4m3fnuz holds
+    the same with twice the scale. A kernel multiplies by the scale after the sum over D, or over
+    tokens."""
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(values, np.float32) * (np.float32(1) / np.float32(scale))
+    return from_fp8(to_fp8(numbers, "e4m3fn"), "e4m3fn") * np.float32(scale)
+
+
 def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:
     """a [M, K] @ w [N, K]ᵀ as float32 [M, N]. ``w`` may lack the padding of ``a``'s K."""
     form, depth = a.form, a.codes.shape[1]

@@ -55,7 +55,8 @@ class Context:
     config: DecoderConfig
     dtype: type[np.floating[Any]]  #: of everything that is not narrow
     narrow: Callable[[Array], Array]  #: rounds q and operands; returns dtype
-    kv: Callable[[Array], Array]  #: k or v [T, Hkv, D] as pages hold it
+    #: k (0) or v (1) [T, Hkv, D] of a layer as pages hold it: (values, layer, which).
+    kv: Callable[[Array, int, int], Array]
     prob: Callable[[Array], Array]  #: rounds probabilities
     operand: Callable[[str, Array], Array]  #: a value by name as the GEMM that reads it sees it
     matrix: Callable[[str], Array]  #: a checkpoint tensor as a GEMM operand
@@ -254,7 +255,8 @@ def append_kv(c: Context, layer: int, k: Array, v: Array) -> Array:
     for seq in np.unique(c.batch.seqs):
         mine = c.batch.seqs == seq
         first = int(c.batch.positions[mine][0])
-        c.cache.append(layer, int(seq), first, c.kv(k[mine]), c.kv(v[mine]))
+        c.cache.append(layer, int(seq), first, c.kv(k[mine], layer, 0),
+                       c.kv(v[mine], layer, 1))  # fmt: skip
     return np.zeros((), np.int32)
 
 

@@ -11,7 +11,7 @@ from sinterlm.ir.ops import Op
 def graph_text(graph: Graph) -> str:
     """The whole graph, weights after the ops."""
     config = graph.config
-    kv = ", KV in int8" if graph.kv_in_codes else ""
+    kv = f", KV in {graph.kv_dtype}" if graph.kv_dtype != graph.dtype else ""
     lines = [f"graph {config.architecture} {graph.dtype}{kv}"]
     lines += [op_text(op, graph) for op in graph.ops]
     lines.append("weights")

@@ -17,7 +17,14 @@ from sinterlm.ir.ops import (
     NormQkvRopeKv,
     OResidual,
 )
-from sinterlm.ir.plan import MatrixOrder, PackedTensor, Segment, WeightLayout
+from sinterlm.ir.plan import (
+    PITCH_PADDING,
+    Kind,
+    MatrixOrder,
+    PackedTensor,
+    Segment,
+    WeightLayout,
+)
 from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
 LANES = 16  #: columns that a kernel finishes together
@@ -159,7 +166,10 @@ class _Layout:
         """A GEMM operand of ``columns`` columns and padded depth."""
         k_real = self.graph.weights[segments[0].weight].shape[1]
         form = self.graph.formats.get(segments[0].weight)
-        self.place(name, self.order, round_up(columns, PANEL), depth, k_real, segments, form)
+        kind: Kind = self.order
+        if kind == "pitched" and (form is not None or not name.startswith("layers.")):
+            kind = "tiles"
+        self.place(name, kind, round_up(columns, PANEL), depth, k_real, segments, form)
 
     def vector(self, name: str, n: int, segments: Sequence[Segment]) -> None:
         """fp32 [n]."""
@@ -168,7 +178,7 @@ class _Layout:
     def place(
         self,
         name: str,
-        kind: Literal["panels", "tiles", "rows", "vector"],
+        kind: Kind,
         n: int,
         k: int,
         k_real: int,
@@ -182,7 +192,8 @@ class _Layout:
             nbytes = n // PANEL * PanelShape(form, k).nbytes
         else:
             dtype = "bf16" if kind != "vector" and self.graph.dtype == "bf16" else "fp32"
-            nbytes = n * k * (2 if dtype == "bf16" else 4)
+            pitch = k + PITCH_PADDING if kind == "pitched" else k
+            nbytes = n * pitch * (2 if dtype == "bf16" else 4)
         offset = round_up(self.end, VECTOR_ALIGN if kind == "vector" else PANEL_ALIGN)
         parts = tuple(segments)
         tensor = PackedTensor(name, kind, dtype, n, k, k_real, parts, offset, nbytes, form)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sinterlm.errors import CheckpointError
 from sinterlm.ir.bf16 import from_bf16
-from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout
+from sinterlm.ir.plan import PITCH_PADDING, PackedTensor, Segment, WeightLayout
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 from sinterlm.passes.coding import in_format
 from sinterlm.passes.layout import PANEL
@@ -77,6 +77,8 @@ def unpack(tensor: PackedTensor, packed: NDArray[Any]) -> NDArray[Any]:
     if tensor.kind == "tiles":
         tiles = packed.reshape(tensor.n // PANEL, tensor.k // PANEL, PANEL, PANEL)
         return tiles.transpose(0, 2, 1, 3).reshape(tensor.n, tensor.k)
+    if tensor.kind == "pitched":
+        return packed.reshape(tensor.n, -1)[:, : tensor.k]
     pair = 2 if tensor.dtype == "bf16" else 1
     panels = packed.reshape(tensor.n // PANEL, tensor.k // pair, PANEL, pair)
     return panels.transpose(0, 2, 1, 3).reshape(tensor.n, tensor.k)
@@ -190,5 +192,12 @@ def _tiles(columns: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
 
 
+def _pitched(columns: NDArray[Any]) -> NDArray[Any]:
+    """[n, k] -> [n][k + 64]."""
+    return np.pad(columns, ((0, 0), (0, PITCH_PADDING)))
+
+
 #: How the columns of a chunk are put in order, by the kind of tensor.
-_ORDERS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {"panels": _panels, "tiles": _tiles}
+_ORDERS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "panels": _panels, "tiles": _tiles, "pitched": _pitched,
+}  # fmt: skip

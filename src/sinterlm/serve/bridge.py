@@ -56,13 +56,17 @@ class Bridge:
     As many sequences as the engine has seats are in flight, and at most ``max_waiting`` more; one
     more request is refused with QueueFullError. While the bridge runs, other calls of the LLM that
     need its engine raise UsageError. All methods but ``stats`` are for the event loop's thread.
+
+    Up to ``stream_interval`` steps run in one native call while nothing waits: their tokens come
+    together, and whatever arrives meanwhile waits for them.
     """
 
-    def __init__(self, llm: LLM, *, max_waiting: int) -> None:
+    def __init__(self, llm: LLM, *, max_waiting: int, stream_interval: int = 1) -> None:
         if max_waiting < 0:
             raise UsageError(f"max_waiting={max_waiting} must not be negative")
         self._llm = llm
         self._max_waiting = max_waiting
+        self._stream_interval = stream_interval
         self._engine: Engine | None = None
         self._draining = False
         self._death: EngineDeadError | None = None
@@ -259,7 +263,7 @@ class Bridge:
             while not self._ending:
                 self._obey(wait=not self._engine.has_unfinished)
                 if self._engine.has_unfinished:
-                    self._deltas += self._engine.step()
+                    self._deltas += self._engine.step(max_steps=self._stream_interval)
                 self._read_ops()
                 if self._deltas:
                     self._post(self._deliver, self._deltas)

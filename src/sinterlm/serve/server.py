@@ -123,7 +123,11 @@ class _Run:
 
     def __init__(self, llm: LLM, info: ServedModel, service: Service, listener: Listener) -> None:
         self._options = service.options
-        self._bridge = Bridge(llm, max_waiting=service.options.max_waiting)
+        self._bridge = Bridge(
+            llm,
+            max_waiting=service.options.max_waiting,
+            stream_interval=service.options.stream_interval,
+        )
         metrics = Metrics(
             info.name, info.max_model_len, self._bridge.stats, _cache_labels(llm, service.engine)
         )

@@ -24,6 +24,7 @@ def check_options(options: ServeOptions) -> None:
         ("port", options.port, 0, 65535),
         ("ssl_cert_reqs", options.ssl_cert_reqs, 0, 2),
         ("max_waiting", options.max_waiting, 0, 1 << 20),
+        ("stream_interval", options.stream_interval, 1, 1024),
         ("max_body_bytes", options.max_body_bytes, 1 << 10, 1 << 30),
     ]
     for name, value, low, high in integers:

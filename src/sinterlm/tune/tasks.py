@@ -14,7 +14,7 @@ from sinterlm.backends.gpu.devices import Device
 from sinterlm.backends.gpu.launch import MAX_SEQS, launch_table, made_for
 from sinterlm.backends.gpu.operands import operand
 from sinterlm.backends.gpu.signatures import SIGNATURES
-from sinterlm.backends.gpu.table import Choice, Kernel, Launch, Table
+from sinterlm.backends.gpu.table import LEFT_OUT, Choice, Kernel, Launch, Table
 from sinterlm.backends.gpu.tuning import Entry, Stored, TileTable
 from sinterlm.errors import UsageError
 from sinterlm.ir import ops
@@ -183,7 +183,8 @@ def _tensor_at(plan: Plan, offset: int) -> PackedTensor:
 def nothing(tiles: TileTable) -> Trial:
     """A table without launches: opening it tells which device is there."""
     facts = {"layers": 1, "hidden": 64, "heads": 1, "kv_heads": 1, "head_dim": 32, "vocab": 64,
-             "max_seqs": 1, "warp": 32, "layout_hash": 0, "weights_bytes": _ALIGN}  # fmt: skip
+             "kv_bytes": 2, "max_seqs": 1, "warp": 32, "layout_hash": 0,
+             "weights_bytes": _ALIGN}  # fmt: skip
     return Trial(Table(tiles.target, facts, (), (), (), ()), Train(1, 0, 1, 1))
 
 
@@ -220,12 +221,14 @@ def _all_tasks(
             continue
         seen.add(slot)
         least = 0
-        choices = [c for c in table.choices if c.slot == slot]
+        choices = [c for c in table.choices if c.slot == slot and c.kernel != LEFT_OUT]
         for choice in choices:
             most = choice.most or 1 << 30
             limit = MAX_SEQS if choice.unit == "R" else 1 << 30
             rows = {min(n, limit) for n in sizes if least < min(n, limit) <= most}
             least = most
             if rows:
-                yield Task(slot, choice.most, tuple(sorted(rows)), table.kernels[choice.kernel],
+                # The last one's entry is for any number, though a vendor's GEMM may take the most.
+                most_rows = 0 if choice is choices[-1] else choice.most
+                yield Task(slot, most_rows, tuple(sorted(rows)), table.kernels[choice.kernel],
                            len(choices), device, alone, tiles)  # fmt: skip

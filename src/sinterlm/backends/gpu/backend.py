@@ -28,7 +28,7 @@ class GpuBackend:
     tiles: TileTable
     library_name: str = "model.so"
     source_name: str = "model.table"
-    weight_order: MatrixOrder = "tiles"
+    weight_order: MatrixOrder = "tiles"  #: "pitched" = for the vendor's GEMM
     act_dtype: ActDType | None = "graph"
 
     @property
@@ -70,7 +70,7 @@ class GpuBackend:
     def build(self, source: str, isa: str, out: Path, memo: Memo) -> None:
         """Compile the kernels of ``source`` and write the host with table and objects to ``out``.
         Raises CompileError."""
-        kernels = Table.from_text(source).kernels
+        kernels = Table.from_text(source).own_kernels
         host = library.host_library(memo)
         made = objects.compile_objects(kernels, self.device, memo)
         out.write_bytes(library.join(host, objects.archive(source, made)))

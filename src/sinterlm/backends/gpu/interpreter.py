@@ -34,7 +34,7 @@ ELEMENTS = {
     "*bf16": np.uint16, "*fp16": np.float16, "*fp32": np.float32, "*u8": np.uint8,
     "*i32": np.int32, "*u64": np.uint64,
 }  # fmt: skip
-_SCALARS = {"i32": np.int32, "i64": np.int64}
+_SCALARS: dict[str, Any] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 #: Triton's names of fp8.
 _FP8: dict[str, Fp8Name] = {"fp8e4nv": "e4m3fn", "fp8e4b8": "e4m3fnuz"}
 
@@ -42,13 +42,13 @@ _FP8: dict[str, Fp8Name] = {"fp8e4nv": "e4m3fn", "fp8e4b8": "e4m3fnuz"}
 def run_kernel(
     name: str,
     grid: Sequence[int],
-    args: Mapping[str, NDArray[Any] | int],
+    args: Mapping[str, NDArray[Any] | float],
     constants: Mapping[str, Any],
     order: Order = "forward",
 ) -> None:
     """Run every program of ``grid`` of the kernel ``name``; arrays are changed in place.
 
-    ``args`` are those of ``SIGNATURES`` by name: arrays of the right dtype, or whole numbers.
+    ``args`` are those of ``SIGNATURES`` by name: arrays of the right dtype, or numbers.
     ``order`` is that of the programs: forward, backward, or the seed of a shuffle.
     """
     interpreter = _load()
@@ -111,8 +111,8 @@ def _load() -> Any:
         os.environ["TRITON_INTERPRET"] = "1"
         try:
             import_module("sinterlm.backends.gpu.kernels.sample")
-            for signature in SIGNATURES.values():
-                import_module(f"sinterlm.backends.gpu.kernels.{signature.module}")
+            for module in {signature.module for signature in SIGNATURES.values()} - {""}:
+                import_module(f"sinterlm.backends.gpu.kernels.{module}")
         finally:
             del os.environ["TRITON_INTERPRET"]
             if before is not None:

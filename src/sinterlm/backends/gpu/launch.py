@@ -1,7 +1,8 @@
 """From a Plan to the launch table of one device: five launches per layer, three more, and one for
-whoever wants hidden states.
+whoever wants hidden states; where matrices are packed for a vendor's GEMM, a GEMM of many rows is
+two launches.
 
-Refuses by name the shapes that no kernel has. Nothing here needs Triton.
+Nothing here needs Triton.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sinterlm.backends.gpu import vendor
 from sinterlm.backends.gpu.devices import Device
-from sinterlm.backends.gpu.operands import Operand, operand, unsupported
+from sinterlm.backends.gpu.kv_pages import fp8_of_pages, keys_of_tile, kv_scales, number
+from sinterlm.backends.gpu.operands import Operand, operand
+from sinterlm.backends.gpu.shapes import check_shape
 from sinterlm.backends.gpu.signatures import SIGNATURES
-from sinterlm.backends.gpu.table import Axis, Buffer, Choice, Kernel, Launch, Table, Unit
+from sinterlm.backends.gpu.table import (
+    LEFT_OUT,
+    Axis,
+    Buffer,
+    Choice,
+    Kernel,
+    Launch,
+    Table,
+    Unit,
+)
 from sinterlm.backends.gpu.tuning import Entry, TileTable, cut_gemm, divisor, read_tiles
-from sinterlm.errors import CompileError, UnsupportedModelError
+from sinterlm.errors import CompileError
 from sinterlm.ir import ops
 from sinterlm.ir.plan import Plan
 
@@ -24,9 +37,10 @@ MAX_SEQS = 256
 _ONE = Axis("1")
 _ALIGN = 256  #: bytes of the arenas' buffers per unit, so that pointers are aligned for any count
 
-
 #: Constants of a GEMM that its tile decides, or that follow from it and the device.
 TILE_CONSTANTS = ("BM", "BN", "BK", "SPLIT", "GROUP_M", "NUM_XCD", "CACHE", "DRAIN")
+#: Constants of a GEMM that its epilogue does not have.
+_PRODUCT_CONSTANTS = ("K", "A_PITCH")
 
 
 def launch_table(plan: Plan, device: Device, tiles: TileTable | None = None) -> Table:
@@ -40,30 +54,6 @@ def made_for(constants: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name not in TILE_CONSTANTS}
 
 
-def check_shape(plan: Plan) -> None:
-    """Raises UnsupportedModelError where the kernels' tiles do not fit the model."""
-    c = plan.graph.config
-    rules = (
-        (c.head_dim in (32, 64, 128), f"head_dim {c.head_dim}", "32, 64 or 128"),
-        (c.hidden_size % 64 == 0, f"hidden_size {c.hidden_size}", "a multiple of 64"),
-        (c.num_heads * c.head_dim % 64 == 0, f"{c.num_heads} heads of {c.head_dim}",
-         "a multiple of 64 together"),
-        (c.group_size <= 64, f"{c.group_size} query heads per KV head", "at most 64"),
-    )  # fmt: skip
-    for holds, have, need in rules:
-        if not holds:
-            raise UnsupportedModelError(
-                f"{have} is not supported on a GPU; it must be {need}. `--target cpu` takes it"
-            )
-    for name, form in plan.graph.formats.items():
-        wrong = unsupported(form)
-        if wrong is not None:
-            raise UnsupportedModelError(
-                f"{name} has {wrong}, which no GPU kernel reads; give --quantization int4 to store "
-                "it anew, or --target cpu"
-            )
-
-
 class _Builder:
     """One table; kernels are numbered as they are asked for."""
 
@@ -71,6 +61,7 @@ class _Builder:
         check_shape(plan)
         self.plan, self.device, self.tiles = plan, device, tiles
         self.config = plan.graph.config
+        self.kv_fp8 = fp8_of_pages(plan.graph, device)
         self.kernels: list[Kernel] = []
         self.choices: list[Choice] = []
         self.slots: dict[str, tuple[object, ...]] = {}
@@ -80,8 +71,11 @@ class _Builder:
     def build(self) -> Table:
         """Walk the ops."""
         launches = [launch for op in self.plan.graph.ops for launch in self.launches(op)]
+        facts = self.facts()
+        if any(kernel.is_vendor for kernel in self.kernels):
+            facts |= {"vendor_least_rows": vendor.LEAST_ROWS, "vendor_rows_step": vendor.ROWS_STEP}
         return Table(
-            self.device.name, self.facts(), self.buffers(), tuple(self.kernels), tuple(launches),
+            self.device.name, facts, self.buffers(), tuple(self.kernels), tuple(launches),
             tuple(self.choices),
         )  # fmt: skip
 
@@ -91,7 +85,7 @@ class _Builder:
         return {
             "layers": c.num_layers, "hidden": c.hidden_size, "heads": c.num_heads,
             "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab": c.vocab_size,
-            "max_seqs": MAX_SEQS, "warp": self.device.warp,
+            "kv_bytes": 1 if self.kv_fp8 else 2, "max_seqs": MAX_SEQS, "warp": self.device.warp,
             "shared_bytes": self.device.shared_bytes, "layout_hash": layout.layout_hash,
             "weights_bytes": layout.nbytes,
         }  # fmt: skip
@@ -134,25 +128,25 @@ class _Builder:
                 norm=self.weight("layers.0.attn_norm"),
             )  # fmt: skip
         elif isinstance(op, ops.NormQkvRopeKv):
-            yield self.qkv(op)
+            yield from self.qkv(op)
         elif isinstance(op, ops.Attention):
             yield self.attention(op)
         elif isinstance(op, ops.NormGateUpAct):
             at, ffn = f"layers.{op.layer}", -(-c.intermediate_size // 64) * 64
             bias = op.gate_bias or op.up_bias
-            yield self.gemm(
+            yield from self.gemm(
                 "norm_gate_up_act", op.kind, op.layer, ffn, h, 2,
                 {"F": ffn, "H": h, "EPS": op.eps, "HAS_BIAS": bias is not None},
                 self.matrix(f"{at}.gate_up"), bias=self.weight(f"{at}.gate_up_bias", bias),
             )  # fmt: skip
         elif isinstance(op, ops.OResidual | ops.DownResidual):
-            yield self.residual(op)
+            yield from self.residual(op)
         elif isinstance(op, ops.NormLmHeadSample):
             yield from self.head(op)
         else:
             raise CompileError(f"op {op.kind} has no GPU kernel; this is a fault of SinterLM")
 
-    def qkv(self, op: ops.NormQkvRopeKv) -> Launch:
+    def qkv(self, op: ops.NormQkvRopeKv) -> Iterator[Launch]:
         """q, k and v; BN is half a head where the heads' norm needs all of one."""
         dim, h, at = op.head_dim, self.config.hidden_size, f"layers.{op.layer}"
         group = op.num_heads // op.num_kv_heads
@@ -160,7 +154,9 @@ class _Builder:
         constants = {
             "H": h, "HKV": op.num_kv_heads, "GROUP": group, "D": dim, "EPS": op.eps,
             "QK_EPS": op.qk_eps, "HAS_BIAS": bias is not None, "QK_NORM": op.q_norm is not None,
+            "KV_FP8": self.kv_fp8, "KV_ROUNDING": self.device.rounding,
         }  # fmt: skip
+        k_scale, v_scale = kv_scales(self.plan.graph, op.layer, self.kv_fp8)
         return self.gemm(
             "norm_qkv_rope_kv", op.kind, op.layer, op.num_kv_heads * (group + 2) * dim // 2, h, 2,
             constants, self.matrix(f"{at}.qkv"), dim // 2, op.q_norm is not None,
@@ -168,9 +164,10 @@ class _Builder:
             q_norm=self.weight(f"{at}.q_norm", op.q_norm),
             k_norm=self.weight(f"{at}.k_norm", op.k_norm),
             k_base=f"k:{op.layer}", v_base=f"v:{op.layer}",
+            k_inverse=number(1 / k_scale), v_inverse=number(1 / v_scale),
         )  # fmt: skip
 
-    def residual(self, op: ops.OResidual | ops.DownResidual) -> Launch:
+    def residual(self, op: ops.OResidual | ops.DownResidual) -> Iterator[Launch]:
         """A projection back to the stream."""
         is_down, layer, h = isinstance(op, ops.DownResidual), op.layer, self.config.hidden_size
         name = f"layers.{layer}.{'down' if is_down else 'o'}"
@@ -194,10 +191,11 @@ class _Builder:
             entry = self.tiles.of(which)[0]
             rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
             segments, is_decode = entry.tile["SEGMENTS"], kind == "decode"
+            keys, options = keys_of_tile(entry, self.device, self.kv_fp8, op.head_dim, is_decode)
             constants = {
                 "HKV": op.num_kv_heads, "GROUP": group, "D": op.head_dim, "SCALE": op.scale,
-                "WINDOW": op.window, "DECODE": is_decode, "SEQS": MAX_SEQS, "BM": rows,
-                "TILE": entry.tile["TILE"], "SEGMENTS": segments,
+                "WINDOW": op.window, "KV_FP8": self.kv_fp8, "DECODE": is_decode,
+                "SEQS": MAX_SEQS, "BM": rows, "TILE": keys, "SEGMENTS": segments,
                 "DRAIN": self.device.drain if segments > 1 else "",
             }  # fmt: skip
             blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
@@ -208,10 +206,12 @@ class _Builder:
                 self.need("part_o", "S", parts * op.head_dim)
                 self.need("part_ml", "S", parts * 2)
                 self.need("attention_counters", "S", op.num_kv_heads * 4)
-            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, entry.options,
-                        entry.source), constants, grid, "S", kind)  # fmt: skip
+            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, options, entry.source),
+                        constants, grid, "S", kind)  # fmt: skip
         has_parts = any(name == "part_o" for name, _ in self.scratch)
+        k_scale, v_scale = kv_scales(self.plan.graph, op.layer, self.kv_fp8)
         bound = {"k_base": f"k:{op.layer}", "v_base": f"v:{op.layer}",
+                 "k_scale": number(k_scale), "v_scale": number(v_scale),
                  "counters": "buffer:attention_counters"}  # fmt: skip
         if not has_parts:
             bound |= dict.fromkeys(("part_o", "part_ml", "counters"), "null")
@@ -255,9 +255,11 @@ class _Builder:
         self, name: str, slot: str, layer: int, columns: int, depth: int, halves: int,
         constants: dict[str, Any], matrix: Operand, most_columns: int = 1 << 30,
         must_be_most: bool = False, **bound: str,
-    ) -> Launch:  # fmt: skip
-        """A GEMM by every entry of the tile table for what ``matrix`` is stored in."""
+    ) -> Iterator[Launch]:  # fmt: skip
+        """A GEMM by every entry of the tile table for what ``matrix`` is stored in; in two launches
+        from LEAST_ROWS rows on where it lies as a vendor's library wants it."""
         slot += matrix.suffix
+        has_vendor = matrix.stored == "bf16" and matrix.constants["W_PITCH"] > 0
         shape = {**constants, **matrix.constants}
         for entry in self.tiles.of(name, matrix.stored, shape):
             tile = cut_gemm(entry, columns, depth, most_columns, must_be_most, matrix.deepest)
@@ -273,8 +275,48 @@ class _Builder:
                 self.need("counters", "1", count * 4)
             grid = (Axis("T", tile["BM"], tiles_n * split), _ONE, _ONE)
             made = {**shape, **self.gemm_constants(tile, entry)}
-            self.choose(slot, layer, name, entry, made, grid, "T")
-        return Launch(slot, layer, self.bind(name, {**bound, **matrix.bind()}))
+            most = entry.max_rows or (vendor.LEAST_ROWS - 1 if has_vendor else 0)
+            self.choose(slot, layer, name, entry, made, grid, "T", most=most)
+        yield Launch(slot, layer, self.bind(name, {**bound, **matrix.bind()}))
+        if has_vendor:
+            self.leave_out(slot, 0)
+            yield from self.product(
+                name, slot, layer, -(-columns * halves // 64) * 64, depth, matrix, constants, bound
+            )
+
+    def product(
+        self, name: str, slot: str, layer: int, columns: int, depth: int, matrix: Operand,
+        constants: dict[str, Any], bound: dict[str, str],
+    ) -> Iterator[Launch]:  # fmt: skip
+        """The GEMM ``name`` by the vendor's library, then its epilogue."""
+        self.need("sums", "T", 4 * columns)
+        self.need("vendor_workspace", "1", vendor.WORKSPACE_BYTES)
+        shape = {"N": columns, "K": depth, "W_PITCH": matrix.constants["W_PITCH"]}
+        gemm = vendor.VENDOR_GEMM
+        which, grid = f"{slot}.product", (Axis("T", vendor.ROWS_STEP), _ONE, _ONE)
+        self.leave_out(which, vendor.LEAST_ROWS - 1)
+        entry = Entry(gemm, 0, {}, {}, "the vendor's choice")
+        self.choose(which, layer, gemm, entry, shape, grid, "T")
+        operands = {"a": bound.get("a", "buffer:xw"), "w": matrix.args[0]}
+        yield Launch(which, layer, self.bind(gemm, operands))
+        epilogue, which = vendor.EPILOGUES[name], f"{slot}.epilogue"
+        (entry,) = self.tiles.of(epilogue)
+        made = {n: value for n, value in constants.items() if n not in _PRODUCT_CONSTANTS}
+        if name == "norm_qkv_rope_kv":  # a program has a head
+            made |= {"N": columns, "BN": constants["D"] // 2}
+            blocks = constants["HKV"] * (constants["GROUP"] + 2)
+        else:
+            width = made.get("F", columns)
+            made["BN"] = divisor(entry.tile["BN"], width)
+            blocks = width // made["BN"]
+        # More rows where there are fewer columns: each thread loads 16 bytes.
+        made["BM"] = max(entry.tile["BM"] * entry.tile["BN"] // made["BN"], 1)
+        self.leave_out(which, vendor.LEAST_ROWS - 1)
+        grid = (Axis("T", made["BM"], blocks), _ONE, _ONE)
+        self.choose(which, layer, epilogue, entry, made, grid, "T")
+        args = SIGNATURES[epilogue].args
+        yield Launch(which, layer, self.bind(epilogue, {n: a for n, a in bound.items()
+                                                        if n in args}))  # fmt: skip
 
     def gemm_constants(self, tile: dict[str, int], entry: Entry) -> dict[str, Any]:
         """Constants that all GEMMs have. Weights that are read once go past the nearest cache."""
@@ -293,22 +335,30 @@ class _Builder:
 
     def choose(
         self, slot: str, layer: int, name: str, entry: Entry, constants: dict[str, Any],
-        grid: tuple[Axis, Axis, Axis], unit: Unit, kind: Any = "any",
+        grid: tuple[Axis, Axis, Axis], unit: Unit, kind: Any = "any", most: int | None = None,
     ) -> None:  # fmt: skip
-        """Offer a kernel for a slot; layers that share a slot must offer the same ones."""
+        """Offer a kernel for a slot, for steps of ``most`` units (None = the entry's); layers that
+        share a slot must offer the same ones."""
+        most = entry.max_rows if most is None else most
         same = next((k for k in self.kernels if (k.name, k.constants, k.options, k.grid)
                      == (name, constants, entry.options, grid)), None)  # fmt: skip
         if same is None:
             made = len(self.kernels)
             same = Kernel(made, name, grid, constants, entry.options, entry.source)
             self.kernels.append(same)
-        choice = Choice(slot, unit, entry.max_rows, kind, same.id)
+        choice = Choice(slot, unit, most, kind, same.id)
         if choice not in self.choices:
-            if any((c.slot, c.most, c.kind) == (slot, entry.max_rows, kind) for c in self.choices):
+            if any((c.slot, c.most, c.kind) == (slot, most, kind) for c in self.choices):
                 raise CompileError(
                     f"layer {layer} needs another {name} than the layers before; this is a fault "
                     "of SinterLM"
                 )
+            self.choices.append(choice)
+
+    def leave_out(self, slot: str, most: int) -> None:
+        """Steps of at most ``most`` tokens (0 = any number) have no launch for a slot."""
+        choice = Choice(slot, "T", most, "any", LEFT_OUT)
+        if choice not in self.choices:
             self.choices.append(choice)
 
     def bind(self, name: str, bound: dict[str, str]) -> tuple[str, ...]:

@@ -134,13 +134,17 @@ def faults(made: Object, device: Device) -> list[str]:
         wrong.append(f"{facts['registers']} registers, of {device.max_registers}")
     if not facts["is_ordered"]:
         wrong.append("its stores are not waited for before it counts them as done")
-    if "BM" in constants:  # whatever streams weights or pages
+    if "BM" in constants:  # whatever streams weights, pages or sums
         if not facts["wide_loads"]:
             wrong.append("no load of 16 bytes")
-        # Codes are bytes, which Triton joins where it sees that it may; 16 columns (heads of 32)
-        # have too few for 8 warps.
-        if facts["byte_loads"] and constants.get("BN", 0) >= 32:
+        # Codes and fp8 are bytes, which Triton joins where it sees that it may; 16 columns (heads
+        # of 32) have too few for 8 warps.
+        reads_fp8 = bool(constants.get("KV_FP8")) and made.kernel.name == "attention"
+        if facts["byte_loads"] and (constants.get("BN", 0) >= 32 or reads_fp8):
             wrong.append(f"{facts['byte_loads']} loads of single bytes")
+        if constants.get("KV_FP8") and device.rounding == "cvt" and not facts["fp8_converts"]:
+            wrong.append("no instruction that converts fp8")
+    if "BK" in constants or "TILE" in constants:  # whatever multiplies
         is_native = constants.get("A_FP8") and constants["BM"] >= device.fp8_rows
         if is_native and not facts["fp8_matrix"]:
             wrong.append(f"no matrix instruction of fp8, but {facts['matrix']}")
@@ -182,8 +186,8 @@ def read_archive(data: bytes) -> tuple[Table, list[Object]]:
         if hashlib.sha256(code).hexdigest() != words[6]:
             raise ValueError(f"the code object of kernel {words[0]} is damaged")
         objects.append(Object(table.kernels[int(words[0])], code, json.loads(words[7])))
-    if len(objects) != len(table.kernels):
-        raise ValueError(f"{len(table.kernels)} kernels and {len(objects)} code objects")
+    if len(objects) != len(table.own_kernels):
+        raise ValueError(f"{len(table.own_kernels)} kernels and {len(objects)} code objects")
     return table, objects
 
 

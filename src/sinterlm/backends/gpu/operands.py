@@ -10,10 +10,10 @@ from typing import Any
 
 from sinterlm.backends.gpu.devices import Rounding
 from sinterlm.backends.gpu.tuning import Stored
-from sinterlm.ir.plan import PackedTensor
+from sinterlm.ir.plan import PITCH_PADDING, PackedTensor
 from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
-#: Constants of a kernel that reads bf16.
+#: Constants of a kernel that reads bf16 in tiles; in rows, W_PITCH is the elements of one.
 WIDE: dict[str, Any] = {
     "BITS": 16, "W_GROUP": 0, "W_OFFSETS": False, "W_PITCH": 0, "FP8": "", "W_SHARED": False,
     "A_FP8": "",
@@ -39,6 +39,9 @@ class Operand:
 def operand(tensor: PackedTensor, rounding: Rounding = "cvt") -> Operand:
     """How ``tensor`` is read, and what activations beside it are rounded to fp8 by, if they are."""
     form, at = tensor.format, tensor.offset
+    if form is None and tensor.kind == "pitched":
+        pitched = {**WIDE, "W_PITCH": tensor.k + PITCH_PADDING}
+        return Operand(pitched, (f"weight:{at}", "null", "null"), "bf16", "")
     if form is None:
         return Operand(WIDE, (f"weight:{at}", "null", "null"), "bf16", "")
     shape = PanelShape(form, tensor.k)

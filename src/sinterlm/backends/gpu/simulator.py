@@ -5,15 +5,18 @@ device. Memory is poisoned with NaN before its first use, as a device's would ho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sinterlm.backends.gpu.interpreter import ELEMENTS, Order, run_kernel
+from sinterlm.backends.gpu.objects import device_of
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Table, Unit
+from sinterlm.backends.gpu.vendor import multiply, rows_of
+from sinterlm.ir.fp8 import FP8_NAN
 from sinterlm.ir.graph import Rope
 
 Array = NDArray[Any]
@@ -60,7 +63,7 @@ class Simulator:
         facts = table.facts
         self.page_tokens = page_tokens
         shape = (num_pages, facts["kv_heads"], 2, page_tokens, facts["head_dim"])
-        self.kv = [np.full(shape, 0xFFFF, np.uint16) for _ in range(facts["layers"])]
+        self.kv = [self._unset(shape) for _ in range(facts["layers"])]
         angle = np.outer(np.arange(max_len), rope.inv_freq)
         self.inputs: dict[str, Array] = {
             "cos": (np.cos(angle) * rope.attention_factor).astype(np.float32),
@@ -69,6 +72,12 @@ class Simulator:
         }
         self.launches = 0
         self.only = range(len(table.launches))  #: launches of the table that steps run
+
+    def _unset(self, shape: tuple[int, ...]) -> Array:
+        """A layer's pages: NaN, as they hold numbers."""
+        if self.table.facts["kv_bytes"] == 2:
+            return np.full(shape, 0xFFFF, np.uint16)
+        return np.full(shape, FP8_NAN[device_of(self.table).fp8], np.uint8)
 
     def buffer(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a buffer."""
@@ -147,26 +156,30 @@ class Simulator:
             "page_stride": kv[0].size, "head_stride": kv[0, 0].size, "token_stride": dim,
             "is_normed": int(is_normed), "hidden_stride": self.table.facts["hidden"],
         }  # fmt: skip
-        for launch in self.table.launches[self.only.start : self.only.stop]:
-            kernel = self.table.kernel_of(launch.slot, sizes, is_decode)
+        only = self.table.launches[self.only.start : self.only.stop]
+        for launch, kernel in replace(self.table, launches=only).launches_of(sizes, is_decode):
             grid = [axis.count(sizes) for axis in kernel.grid]
-            if 0 in grid:
-                continue
             types = SIGNATURES[kernel.name].types(kernel.constants)
-            args = {
+            args: dict[str, Any] = {
                 name: self.argument(given, types[name], values)
                 for name, given in zip(types, launch.args, strict=True)
             }
-            run_kernel(kernel.name, grid, args, kernel.constants, order)
+            if kernel.is_vendor:
+                rows = rows_of(sizes["T"], self.most["T"])
+                multiply(args["a"], args["w"], args["sums"], rows, kernel.constants)
+            else:
+                run_kernel(kernel.name, grid, args, kernel.constants, order)
             self.launches += 1
 
-    def argument(self, given: str, kind: str, values: dict[str, int]) -> Array | int:
+    def argument(self, given: str, kind: str, values: dict[str, int]) -> Array | float:
         """What a binding of the table leads to."""
         if given == "null":
             return np.zeros(0, ELEMENTS[kind])
         where, _, name = given.partition(":")
         if where == "value":
             return values[name]
+        if where == "number":
+            return float(name)
         if where == "input":
             return self.inputs[name]
         if where == "buffer":

@@ -7,12 +7,13 @@ the host read it; the code objects follow behind the line ``end`` (see ``objects
     buffer NAME UNIT BYTES OFFSET                 BYTES per unit at OFFSET of the unit's arena
     kernel ID NAME X Y Z JSON                     grid, and what it is compiled for
     launch SLOT LAYER ARG …                       in the order of a step
-    choice SLOT UNIT MOST KIND KERNEL             which kernel fills a slot; the first that fits
+    choice SLOT UNIT MOST KIND KERNEL             what fills a slot, the first that fits; -1 = none
+    product KERNEL N K W_PITCH                    that it is the vendor's GEMM (``vendor.py``)
 
 Units: T tokens, R sampled rows, S sequences, N tokens whose hidden states are given out (all or
 none), 1 once. An axis of a grid is SYMBOL/PER*TIMES: TIMES for each PER units begun, and ``+S`` one
-more per sequence; a launch whose grid is empty is left out. An argument is ``buffer:NAME``,
-``weight:OFFSET``, ``input:NAME``, ``k:LAYER``, ``v:LAYER``, ``value:NAME`` or ``null``.
+more per sequence; a launch whose grid is empty is left out. An argument is null, buffer:NAME,
+weight:OFFSET, input:NAME, k:LAYER, v:LAYER, value:NAME or number:FP32.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sinterlm.backends.gpu.vendor import VENDOR_GEMM
+
 Unit = Literal["T", "R", "S", "N", "1"]
 
 HEADING = "sinterlm-launch-table 1"
+
+#: The kernel of a choice that leaves the launch out.
+LEFT_OUT = -1
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ class Kernel:
     options: dict[str, Any]  #: of the compiler: warps, stages, …
     source: str  #: where the tile comes from
 
+    @property
+    def is_vendor(self) -> bool:
+        """Whether it is the vendor's GEMM, which has no code object."""
+        return self.name == VENDOR_GEMM
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -93,7 +104,7 @@ class Choice:
     unit: Unit
     most: int
     kind: Literal["any", "decode"]  #: decode: every sequence has one token in the step
-    kernel: int
+    kernel: int  #: LEFT_OUT = none: other launches do its work
 
     def fits(self, sizes: dict[str, int], is_decode: bool) -> bool:
         """Whether it may be used for such a step."""
@@ -112,22 +123,36 @@ class Table:
     launches: tuple[Launch, ...]
     choices: tuple[Choice, ...]
 
-    def kernel_of(self, slot: str, sizes: dict[str, int], is_decode: bool) -> Kernel:
-        """The kernel that fills ``slot`` in such a step."""
+    def kernel_of(self, slot: str, sizes: dict[str, int], is_decode: bool) -> Kernel | None:
+        """The kernel that fills ``slot`` in such a step; None where the launch is left out."""
         for choice in self.choices:
             if choice.slot == slot and choice.fits(sizes, is_decode):
-                return self.kernels[choice.kernel]
+                return None if choice.kernel == LEFT_OUT else self.kernels[choice.kernel]
         raise LookupError(f"no kernel for {slot} at {sizes}")
+
+    def launches_of(self, sizes: dict[str, int], is_decode: bool) -> list[tuple[Launch, Kernel]]:
+        """The launches of such a step with their kernels, in order."""
+        found = []
+        for launch in self.launches:
+            kernel = self.kernel_of(launch.slot, sizes, is_decode)
+            if kernel is not None and all(axis.count(sizes) for axis in kernel.grid):
+                found.append((launch, kernel))
+        return found
 
     @property
     def per_step(self) -> int:
-        """Launches of a step that draws tokens and gives no hidden states out."""
-        left_out = {
-            choice.slot
-            for choice in self.choices
-            if any(axis.symbol == "N" for axis in self.kernels[choice.kernel].grid)
-        }
-        return sum(launch.slot not in left_out for launch in self.launches)
+        """Launches of a step of one token that is drawn, and gives no hidden states out."""
+        return len(self.launches_of({"T": 1, "R": 1, "S": 1, "N": 0}, True))
+
+    @property
+    def own_kernels(self) -> tuple[Kernel, ...]:
+        """Those with a code object."""
+        return tuple(kernel for kernel in self.kernels if not kernel.is_vendor)
+
+    @property
+    def uses_vendor(self) -> bool:
+        """Whether steps of many rows use the vendor's GEMM."""
+        return any(kernel.is_vendor for kernel in self.kernels)
 
     def arena_bytes(self, unit: Unit) -> int:
         """Bytes of a unit's arena, per unit."""
@@ -142,6 +167,10 @@ class Table:
             made_for = {"constants": k.constants, "options": k.options, "source": k.source}
             grid = " ".join(map(str, k.grid))
             lines.append(f"kernel {k.id} {k.name} {grid} {json.dumps(made_for, sort_keys=True)}")
+        for k in self.kernels:
+            if k.is_vendor:
+                shape = " ".join(str(k.constants[name]) for name in ("N", "K", "W_PITCH"))
+                lines.append(f"product {k.id} {shape}")
         lines += [f"launch {i.slot} {i.layer} {' '.join(i.args)}" for i in self.launches]
         lines += [f"choice {c.slot} {c.unit} {c.most} {c.kind} {c.kernel}" for c in self.choices]
         return "\n".join(lines) + "\n"

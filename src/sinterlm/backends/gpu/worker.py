@@ -89,6 +89,7 @@ def _amd_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
         "occupancy": int(occupancy[1]) if occupancy else None,
         "matrix": sorted(set(re.findall(r"v_s?mfma\w+|v_wmma\w+", text))),
         "fp8_matrix": sorted(set(re.findall(r"v_(?:mfma|wmma)\w+(?:fp8_fp8|f8f6f4)\w*", text))),
+        "fp8_converts": sorted(set(re.findall(r"v_cvt_\w*fp8\w*", text))),
         "wide_loads": len(re.findall(r"(?:buffer|global)_load_(?:dwordx4|b128|lds_dwordx4)", text)),
         "byte_loads": len(
             re.findall(r"(?:buffer|global)_load_(?:d16_\w*)?(?:[us]byte|[ui]8)", text)
@@ -141,6 +142,7 @@ def _nvidia_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
                 )
             )
         ),
+        "fp8_converts": sorted(set(re.findall(r"cvt\.\S*e4m3x2\S*", ptx))),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.\S+ .*0x10", ptx)),
         "byte_loads": len(re.findall(r"ld\.global\S*\.[bsu]8\b", ptx)),
         "is_ordered": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +42,22 @@ def _parse_price(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and print where. Raises UsageError, ResourceError."""
+    """Write the report and print where; 1 where the sweep has not come to what it measures.
+
+    Raises UsageError, ResourceError.
+    """
     from sinterlm.bench.baseline import baseline_of, write_baseline
     from sinterlm.bench.report.data import load_data
     from sinterlm.bench.report.figures import all_drawings
     from sinterlm.bench.report.render import write_report
+    from sinterlm.bench.sweep_store import SweepStore
 
     costs = {} if args.weights is None else costs_of(args.weights)
     data = load_data(args.sweep, costs, scores_of(args.accuracy), args.price_per_hour)
+    if not data.arms and any(point.is_good for point in SweepStore(args.sweep).points()):
+        print(f"{args.sweep} has warm-ups and tries of flags so far: go on with the sweep",
+              file=sys.stderr)  # fmt: skip
+        return 1
     if not data.arms:
         raise UsageError(f"{args.sweep} has no point that succeeded; see its launches.jsonl")
     drawings = [] if args.no_figures else all_drawings(data)

@@ -56,6 +56,9 @@ def _add_target(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--header", action="append", default=[], metavar="KEY=VALUE")
     group.add_argument("--extra-body", type=_parse_object, default={}, metavar="JSON")
     group.add_argument("--insecure", action="store_true", help="do not verify TLS certificates")
+    group.add_argument("--no-keep-alive", action="store_true",
+                       help="a connection for each request, where a server drops kept ones"
+                       )  # fmt: skip
     group.add_argument("--ready-check-timeout-sec", type=float, default=0.0, metavar="S",
                        help="wait so long for /v1/models (default: 0)")  # fmt: skip
 
@@ -213,7 +216,7 @@ def target_of(args: argparse.Namespace) -> tuple[Target, Tokenizer]:
         base, args.served_model_name or served, args.backend, args.endpoint, headers,
         {**extra, **args.extra_body}, args.ignore_eos or random_prompts, args.logprobs,
         args.send_token_ids or (args.dataset_name == "timed_trace" and args.backend == "openai"),
-        not args.insecure,
+        not args.insecure, not args.no_keep_alive,
     )  # fmt: skip
     return target, tokenizer_of(args.tokenizer or root)
 

@@ -2,12 +2,11 @@
 // to build or to load this library. One list of the calls that are used; both vendors' have the
 // same arguments but for a few, which stand apart.
 #pragma once
-#include <dlfcn.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <string>
 
+#include "shared_library.h"
 #include "sinterlm/error.h"
 
 namespace slg {
@@ -84,7 +83,7 @@ class Driver {
       return fail(SL_MISMATCH,
                   "the %s driver (%s) finds no device; check that this user may use "
                   "it and that %s_VISIBLE_DEVICES does not hide it",
-                  vendor(), path_.c_str(), vendor());
+                  vendor(), library_.path().c_str(), vendor());
     SL_TRY(make_current());
     char text[128] = "";
     device_name(text, sizeof text, 0);
@@ -131,31 +130,16 @@ class Driver {
     static const char* const hip_names[] = {"libamdhip64.so", "libamdhip64.so.7",
                                             "libamdhip64.so.6", nullptr};
     static const char* const cuda_names[] = {"libcuda.so.1", "libcuda.so", nullptr};
-    const char* asked = std::getenv("SINTERLM_GPU_DRIVER");
-    const char* const one[] = {asked, nullptr};
-    const char* const* names = asked && *asked ? one : hip_ ? hip_names : cuda_names;
-    std::string why;
-    // First one that this process has already: another engine's streams are of no use to a second.
-    for (int mode : {RTLD_NOW | RTLD_NOLOAD, RTLD_NOW}) {
-      for (const char* const* name = names; *name; ++name) {
-        library_ = dlopen(*name, mode | RTLD_LOCAL);  // never closed: drivers do not like it
-        path_ = *name;
-        if (library_) return SL_OK;
-        const char* text = dlerror();
-        why = text ? text : "it is not loaded";
-      }
-    }
+    if (library_.open(std::getenv("SINTERLM_GPU_DRIVER"), hip_ ? hip_names : cuda_names))
+      return SL_OK;
     return fail(SL_MISMATCH, "no %s driver: %s; install it, or name it with SINTERLM_GPU_DRIVER",
-                vendor(), why.c_str());
+                vendor(), library_.why().c_str());
   }
 
   sl_status find(void* field, const char* name) {
-    void* found = dlsym(library_, name);
-    if (!found)
-      return fail(SL_MISMATCH, "%s has no %s: the %s driver is too old", path_.c_str(), name,
-                  vendor());
-    *static_cast<void**>(field) = found;
-    return SL_OK;
+    if (library_.find(field, name)) return SL_OK;
+    return fail(SL_MISMATCH, "%s has no %s: the %s driver is too old", library_.path().c_str(),
+                name, vendor());
   }
 
   sl_status bind() {
@@ -174,9 +158,9 @@ class Driver {
 
   bool hip_ = true;
   mutable bool failed_ = false;
-  void* library_ = nullptr;
+  SharedLibrary library_;
   void* context_ = nullptr;
-  std::string path_, device_;
+  std::string device_;
 };
 
 // Memory of the device, or of the host where the device can read it; given back at the end.

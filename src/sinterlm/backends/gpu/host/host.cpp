@@ -12,8 +12,10 @@ namespace slg {
 inline std::string describe(const Table& t, const Model* m) {
   std::ostringstream out;
   out << "{\"abi_version\": " << SL_ABI_VERSION << ", \"isa\": \"" << t.device
-      << "\", \"dtype\": \"bf16\", \"kv_cache_dtype\": \"bf16\", \"layout_hash\": "
-      << t.facts.at("layout_hash") << ", \"weights_bytes\": " << t.facts.at("weights_bytes")
+      << "\", \"dtype\": \"bf16\", \"kv_cache_dtype\": \""
+      << (t.fact("kv_bytes") == 1 ? "fp8" : "bf16")
+      << "\", \"layout_hash\": " << t.facts.at("layout_hash")
+      << ", \"weights_bytes\": " << t.facts.at("weights_bytes")
       << ", \"shape\": {\"num_layers\": " << t.fact("layers")
       << ", \"hidden_size\": " << t.fact("hidden") << ", \"num_heads\": " << t.fact("heads")
       << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")
@@ -21,7 +23,8 @@ inline std::string describe(const Table& t, const Model* m) {
   if (m)
     out << ", \"device\": \"" << m->driver.device() << "\", \"driver\": \"" << m->driver.version()
         << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
-        << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1";
+        << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1"
+        << ", \"vendor_gemm\": \"" << m->vendor.description() << "\"";
   out << ", \"ops\": []}";
   return out.str();
 }

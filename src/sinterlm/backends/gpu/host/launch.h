@@ -6,18 +6,48 @@ namespace slg {
 
 constexpr size_t kMostGraphs = 64;
 
+// One of the vendor's GEMMs, with the arguments of the launch.
+inline sl_status launch_product(const Model& m, size_t launch, int kernel, int rows) {
+  void* args[4];  // a, w, sums, workspace
+  for (int i = 0; i < 4; ++i) args[i] = *static_cast<void**>(m.blocks[launch][i]);
+  return m.vendor.multiply(kernel, rows, args[0], args[1], args[2], args[3], m.stream);
+}
+
+// Every algorithm of the vendor's GEMM once, on whatever lies there: a library loads its code when
+// it first needs it, which a capture does not allow.
+inline sl_status warm_products(const Model& m) {
+  if (!m.vendor.is_open()) return SL_OK;
+#ifdef SL_MUTATE_GEMM_COLD
+  return SL_OK;
+#endif
+  std::set<int> met;
+  for (size_t i = 0; i < m.table.launches.size(); ++i)
+    for (const Choice& c : m.choices[m.slot_of_launch[i]]) {
+      if (c.kernel == kLeftOut || !m.table.kernels[c.kernel].is_vendor()) continue;
+      if (!met.insert(c.kernel).second) continue;
+      for (int rows = m.vendor.rows_of(m.table.fact("vendor_least_rows"));;
+           rows = m.vendor.rows_of(rows + 1)) {
+        SL_TRY(launch_product(m, i, c.kernel, rows));
+        if (rows == m.vendor.most_rows()) break;
+      }
+    }
+  return SL_OK;
+}
+
 // Everything of one step, on the model's stream: neither waits nor allocates.
 inline sl_status launch_all(Model& m, const Sizes& sizes, bool is_decode) {
-  std::vector<int> kernel_of(m.choices.size(), -1);
+  constexpr int kNoneFits = -2;
+  std::vector<int> kernel_of(m.choices.size(), kNoneFits);
   for (size_t slot = 0; slot < kernel_of.size(); ++slot)
     for (const Choice& c : m.choices[slot])
-      if (kernel_of[slot] < 0 && c.fits(sizes, is_decode)) kernel_of[slot] = c.kernel;
+      if (kernel_of[slot] == kNoneFits && c.fits(sizes, is_decode)) kernel_of[slot] = c.kernel;
   const unsigned warp = m.table.fact("warp");
   for (size_t i = 0; i < m.table.launches.size(); ++i) {
     if (m.last_launch > 0 && (int(i) < m.first_launch || int(i) >= m.last_launch)) continue;
     const Launch& launch = m.table.launches[i];
     const int number = kernel_of[m.slot_of_launch[i]];
-    if (number < 0)
+    if (number == kLeftOut) continue;
+    if (number == kNoneFits)
       return fail(SL_INTERNAL, "no kernel of %s fits %d tokens", launch.slot.c_str(), sizes.T);
     const Kernel& kernel = m.table.kernels[number];
     unsigned grid[3];
@@ -26,6 +56,10 @@ inline sl_status launch_all(Model& m, const Sizes& sizes, bool is_decode) {
     if (kernel.name == "norm_gate_up_act") grid[0] -= 1;
 #endif
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) continue;  // no row is sampled
+    if (kernel.is_vendor()) {
+      SL_TRY(launch_product(m, i, number, sizes.T));
+      continue;
+    }
     const int code =
         m.driver.launch(m.functions[number], grid[0], grid[1], grid[2], kernel.warps * warp, 1, 1,
                         kernel.shared, m.stream, m.blocks[i].data(), nullptr);

@@ -4,11 +4,13 @@
 #pragma once
 #include <cmath>
 #include <list>
+#include <locale>
 #include <set>
 
 #include "driver.h"
 #include "sinterlm/sample.h"
 #include "table.h"
+#include "vendor_gemm.h"
 
 namespace slg {
 
@@ -61,6 +63,7 @@ struct Shape {
 
 struct Model {
   Driver driver;
+  VendorGemm vendor;
   Table table;
   Shape shape{};
   const Shape* spec = &shape;
@@ -83,6 +86,7 @@ struct Model {
   std::vector<std::vector<void*>> blocks;    // of each launch: addresses of its arguments
   std::vector<void*> buffers;                // by buffer of the table
   std::list<void*> constants;                // addresses within the weights
+  std::list<float> numbers;                  // that the table tells
   Inputs inputs;
   Values values;
   PagedKv kv;
@@ -104,7 +108,7 @@ struct Model {
   int64_t steps = 0, graph_launches = 0;
 
   ~Model() {
-    if (own_stream) driver.make_current();
+    if (own_stream) driver.make_current();  // for what members give back, too
     drop_graphs();
     for (void* module : modules)
       if (module) driver.module_unload(module);
@@ -123,6 +127,7 @@ struct Model {
            : unit == 'S' ? args.max_seqs
                          : 1;
   }
+  int kv_bytes() const { return table.fact("kv_bytes"); }  // of an element of pages
   int max_pages() const { return (args.max_model_len + 15) / 16; }
 };
 
@@ -178,6 +183,12 @@ inline void* place_of(Model& m, const std::string& arg) {
   if (where == "weight") {
     m.constants.push_back(const_cast<char*>(m.weights) + std::stoll(name));
     return &m.constants.back();
+  }
+  if (where == "number") {
+    std::istringstream text(name);
+    text.imbue(std::locale::classic());
+    m.numbers.emplace_back();
+    return text >> m.numbers.back() ? &m.numbers.back() : nullptr;
   }
   if (where == "buffer") {
     for (size_t i = 0; i < m.table.buffers.size(); ++i)

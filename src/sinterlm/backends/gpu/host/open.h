@@ -27,6 +27,7 @@ inline sl_status load_kernels(Model& m) {
   m.functions.resize(m.table.kernels.size());
   for (size_t i = 0; i < m.table.kernels.size(); ++i) {
     const Kernel& k = m.table.kernels[i];
+    if (k.is_vendor()) continue;
     const int code = m.driver.module_load(&m.modules[i], k.code);
     if (code == kNoBinaryForGpu || code == kInvalidImage)
       return fail(SL_MISMATCH,
@@ -142,6 +143,7 @@ inline sl_status fill_workspace(Model& m, const std::vector<float>& cos,
   SL_TRY(d.check(d.to_device(m.every_row, rows.data(), 4 * rows.size(), m.stream), "constants"));
   SL_TRY(d.check(d.to_device(m.cos, cos.data(), 4 * cos.size(), m.stream), "the rope table"));
   SL_TRY(d.check(d.to_device(m.sin, sin.data(), 4 * sin.size(), m.stream), "the rope table"));
+  SL_TRY(warm_products(m));
   return d.check(d.stream_wait(m.stream), "filling the workspace");
 }
 
@@ -197,6 +199,7 @@ inline sl_status open_model(const sl_open_args& a, std::unique_ptr<Model>* out) 
   SL_TRY(m->driver.check(m->driver.stream_create(&m->own_stream, kNonBlocking), "a stream"));
   m->stream = m->own_stream;
   SL_TRY(load_kernels(*m));
+  SL_TRY(m->vendor.open(t, m->driver.is_hip(), a.max_tokens));
   SL_TRY(load_weights(*m, a));
   make_rope(*m, &m->rope_cos, &m->rope_sin);
   const int64_t inputs = lay_out(*m).total - lay_out(*m).inputs;
@@ -233,7 +236,7 @@ inline sl_status bind(Model& m, const sl_bind_args& a) {
   return use_workspace(m, static_cast<char*>(a.workspace));
 }
 
-// Pages of the library's own: [layers][pages][heads][K, V][page_tokens][D] bf16.
+// Pages of the library's own: [layers][pages][heads][K, V][page_tokens][D], bf16 or fp8.
 inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
   if (a.num_pages < 1 || a.page_tokens < 16 || a.page_tokens % 16 != 0)
     return fail(SL_INVALID, "num_pages is %d and page_tokens %d, a multiple of 16", a.num_pages,
@@ -243,7 +246,7 @@ inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
                 a.page_tokens);
   SL_TRY(m.driver.make_current());
   const int64_t head = int64_t{2} * a.page_tokens * m.shape.D, page = head * m.shape.Hkv;
-  const int64_t layer = aligned(page * a.num_pages * 2);
+  const int64_t layer = aligned(page * a.num_pages * m.kv_bytes());
   m.kv_blocks.emplace_back();
   const sl_status made =
       m.kv_blocks.back().allocate(m.driver, layer * m.shape.num_layers, "the KV cache");

@@ -202,7 +202,8 @@ inline bool advance(Model& m, const sl_step_args& a, int64_t first, Cursor* at) 
 inline PagedKv paged(const Model& m, const sl_kv& kv) {
   PagedKv p;
   p.k.assign(kv.kv_base, kv.kv_base + kv.num_layers);
-  for (void* k : p.k) p.v.push_back(static_cast<char*>(k) + 2 * kv.page_tokens * m.shape.D);
+  const int64_t half = int64_t{kv.page_tokens} * m.shape.D * m.kv_bytes();
+  for (void* k : p.k) p.v.push_back(static_cast<char*>(k) + half);
   p.page_tokens = kv.page_tokens;
   p.page_stride = kv.page_stride;
   p.token_stride = m.shape.D;

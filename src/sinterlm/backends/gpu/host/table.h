@@ -53,7 +53,11 @@ struct Kernel {
   int warps = 0;
   unsigned shared = 0;
   const char* code = nullptr;
+  int N = 0, K = 0, pitch = 0;  // of the vendor's GEMM, which has no code
+  bool is_vendor() const { return N > 0; }
 };
+
+constexpr int kLeftOut = -1;  // the kernel of a choice that leaves the launch out
 
 struct Launch {
   std::string slot;
@@ -143,7 +147,13 @@ inline bool parse_line(const std::string& line, const char* body, Table* t) {
     c.unit = unit[0];
     c.decode = kind == "decode";
     t->choices.push_back(c);
-    return c.kernel >= 0 && size_t(c.kernel) < t->kernels.size();
+    return c.kernel == kLeftOut || (c.kernel >= 0 && size_t(c.kernel) < t->kernels.size());
+  }
+  if (noun == "product") {
+    size_t id;
+    if (!(in >> id) || id >= t->kernels.size()) return false;
+    Kernel& k = t->kernels[id];
+    return bool(in >> k.N >> k.K >> k.pitch) && k.N > 0 && k.K > 0 && k.pitch >= k.K;
   }
   if (noun == "object") {
     size_t id;
@@ -168,7 +178,8 @@ inline sl_status parse_table(const char* text, int64_t bytes, Table* t) {
     if (!parse_line(line, found + end.size(), t))
       return fail(SL_IO, "the launch table holds %.80s", line.c_str());
   for (const Kernel& k : t->kernels)
-    if (!k.code) return fail(SL_IO, "the launch table has no code object of %s", k.name.c_str());
+    if (!k.code && !k.is_vendor())
+      return fail(SL_IO, "the launch table has no code object of %s", k.name.c_str());
   return SL_OK;
 }
 

@@ -1,12 +1,16 @@
 """q, k and v with bias, norm, rope and paged KV; and attention over the pages.
 
 K and V of one token and KV head are D elements side by side; the strides of pages, tokens and heads
-come from the caller, so that pages may be ours or a host's.
+come from the caller, so that pages may be ours or a host's. Elements are bf16, or with KV_FP8 fp8
+numbers that are times a scale, one for K and one for V of a layer: k and v are multiplied by the
+inverse and saturated when they are stored, widened to bf16, which holds every fp8 number, when they
+are read, and their sums meet the scales in fp32.
 """
 
 import triton
 import triton.language as tl
 
+from sinterlm.backends.gpu.kernels.fp8 import saturated
 from sinterlm.backends.gpu.kernels.matmul import (
     accumulate_pair,
     depth_of,
@@ -16,6 +20,56 @@ from sinterlm.backends.gpu.kernels.matmul import (
     place,
 )
 from sinterlm.backends.gpu.kernels.norm import rstd
+
+
+@triton.jit
+def store_heads(a, b, m, live, head, d, ssq, bias, q_norm, k_norm, cos, sin, positions, kv_slots, q,
+                k_base, v_base, k_inverse, v_inverse, page_tokens, page_stride, token_stride,
+                head_stride, KV_FP8: tl.constexpr, KV_ROUNDING: tl.constexpr, H: tl.constexpr,
+                HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
+                QK_EPS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
+                BM: tl.constexpr):  # fmt: skip
+    """Scale, bias, heads' norm and rope of columns d and d + D / 2 of a head [BM, BN]; then q to
+    its rows, k and v to their pages."""
+    n = head * D + d
+    scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
+    a *= scale
+    b *= scale
+    if HAS_BIAS:
+        a += tl.load(bias + n)[None, :]
+        b += tl.load(bias + n + D // 2)[None, :]
+    kv_head = head // (GROUP + 2)
+    part = head % (GROUP + 2)  # below GROUP a query head, GROUP = k, GROUP + 1 = v
+    if part <= GROUP:
+        if QK_NORM:
+            mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
+            inverse = (1.0 / tl.sqrt_rn(mean + QK_EPS))[:, None]
+            weight = q_norm if part < GROUP else k_norm
+            a = a * inverse * tl.load(weight + d)[None, :]
+            b = b * inverse * tl.load(weight + D // 2 + d)[None, :]
+        angle = tl.load(positions + m, mask=live, other=0)[:, None] * (D // 2) + d[None, :]
+        c = tl.load(cos + angle, mask=live[:, None], other=0.0)
+        s = tl.load(sin + angle, mask=live[:, None], other=0.0)
+        a, b = a * c - b * s, b * c + a * s
+    if part < GROUP:
+        query = m[:, None] * (HKV * GROUP * D) + (kv_head * GROUP + part) * D + d[None, :]
+        tl.store(q + query, a.to(tl.bfloat16), mask=live[:, None])
+        tl.store(q + query + D // 2, b.to(tl.bfloat16), mask=live[:, None])
+    else:
+        slot = tl.load(kv_slots + m, mask=live, other=-1)
+        page = (slot // page_tokens).to(tl.int64) * page_stride
+        row = page + slot % page_tokens * token_stride + kv_head * head_stride
+        base = k_base if part == GROUP else v_base
+        at = row[:, None] + d[None, :]
+        if KV_FP8 != "":
+            inverse = k_inverse if part == GROUP else v_inverse
+            lower = saturated(a * inverse, KV_FP8, KV_ROUNDING)
+            upper = saturated(b * inverse, KV_FP8, KV_ROUNDING)
+        else:
+            lower = a.to(tl.bfloat16)
+            upper = b.to(tl.bfloat16)
+        tl.store(base + at, lower, mask=(slot >= 0)[:, None])
+        tl.store(base + at + D // 2, upper, mask=(slot >= 0)[:, None])
 
 
 @triton.jit
@@ -33,8 +87,10 @@ def norm_qkv_rope_kv(
     positions,  # [T] i32
     kv_slots,  # [T] i32: page * page_tokens + place in the page; -1 = nothing is stored
     q,  # [T, HKV * GROUP * D] bf16
-    k_base,  # K of the layer, bf16
-    v_base,  # V of the layer, bf16
+    k_base,  # K of the layer, bf16 or fp8
+    v_base,  # V of the layer, as K
+    k_inverse,  # fp32: 1 / the scale of K; not read unless KV_FP8
+    v_inverse,
     parts,  # [tiles, SPLIT, 2, BM, BN] fp32
     counters,  # [tiles] i32, zero
     num_tokens,
@@ -46,6 +102,7 @@ def norm_qkv_rope_kv(
     EPS: tl.constexpr, QK_EPS: tl.constexpr, HAS_BIAS: tl.constexpr, QK_NORM: tl.constexpr,
     BITS: tl.constexpr, W_GROUP: tl.constexpr, W_OFFSETS: tl.constexpr, W_PITCH: tl.constexpr,
     FP8: tl.constexpr, W_SHARED: tl.constexpr, A_FP8: tl.constexpr,
+    KV_FP8: tl.constexpr, KV_ROUNDING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_XCD: tl.constexpr, CACHE: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
@@ -76,45 +133,20 @@ def norm_qkv_rope_kv(
         if SPLIT > 1:
             a = join(parts, tile * 2, live, SPLIT, BM, BN)
             b = join(parts, tile * 2 + 1, live, SPLIT, BM, BN)
-        scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
-        a *= scale
-        b *= scale
-        if HAS_BIAS:
-            a += tl.load(bias + n)[None, :]
-            b += tl.load(bias + n + D // 2)[None, :]
-        kv_head = head // (GROUP + 2)
-        part = head % (GROUP + 2)  # below GROUP a query head, GROUP = k, GROUP + 1 = v
-        if part <= GROUP:
-            if QK_NORM:
-                mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D
-                inverse = (1.0 / tl.sqrt_rn(mean + QK_EPS))[:, None]
-                weight = q_norm if part < GROUP else k_norm
-                a = a * inverse * tl.load(weight + d)[None, :]
-                b = b * inverse * tl.load(weight + D // 2 + d)[None, :]
-            angle = tl.load(positions + m, mask=live, other=0)[:, None] * (D // 2) + d[None, :]
-            c = tl.load(cos + angle, mask=live[:, None], other=0.0)
-            s = tl.load(sin + angle, mask=live[:, None], other=0.0)
-            a, b = a * c - b * s, b * c + a * s
-        if part < GROUP:
-            query = m[:, None] * (HKV * GROUP * D) + (kv_head * GROUP + part) * D + d[None, :]
-            tl.store(q + query, a.to(tl.bfloat16), mask=live[:, None])
-            tl.store(q + query + D // 2, b.to(tl.bfloat16), mask=live[:, None])
-        else:
-            slot = tl.load(kv_slots + m, mask=live, other=-1)
-            page = (slot // page_tokens).to(tl.int64) * page_stride
-            row = page + slot % page_tokens * token_stride + kv_head * head_stride
-            base = k_base if part == GROUP else v_base
-            at = row[:, None] + d[None, :]
-            tl.store(base + at, a.to(tl.bfloat16), mask=(slot >= 0)[:, None])
-            tl.store(base + at + D // 2, b.to(tl.bfloat16), mask=(slot >= 0)[:, None])
+        store_heads(a, b, m, live, head, d, ssq, bias, q_norm, k_norm, cos, sin, positions,
+                    kv_slots, q, k_base, v_base, k_inverse, v_inverse, page_tokens, page_stride,
+                    token_stride, head_stride, KV_FP8, KV_ROUNDING, H, HKV, GROUP, D, EPS, QK_EPS,
+                    HAS_BIAS, QK_NORM, BM)  # fmt: skip
 
 
 @triton.jit
 def attention(
     q,  # [T, HKV * GROUP * D] bf16
     y,  # [T, HKV * GROUP * D] bf16
-    k_base,  # K of the layer, bf16
-    v_base,  # V of the layer, bf16
+    k_base,  # K of the layer, bf16 or fp8
+    v_base,  # V of the layer, as K
+    k_scale,  # fp32: what numbers of K are times; not read unless KV_FP8
+    v_scale,
     page_table,  # [num_seqs, table_stride] i32
     query_start,  # [num_seqs + 1] i32
     context_lens,  # [num_seqs] i32: keys after this step; 0 = a row of padding
@@ -128,7 +160,7 @@ def attention(
     token_stride,
     head_stride,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    WINDOW: tl.constexpr, DECODE: tl.constexpr, SEQS: tl.constexpr,
+    WINDOW: tl.constexpr, KV_FP8: tl.constexpr, DECODE: tl.constexpr, SEQS: tl.constexpr,
     BM: tl.constexpr, TILE: tl.constexpr, SEGMENTS: tl.constexpr, DRAIN: tl.constexpr,
 ):  # fmt: skip
     """y = softmax(SCALE * q k) v, causal, over the pages. Grid (blocks, HKV, SEGMENTS).
@@ -177,6 +209,9 @@ def attention(
         acc = tl.zeros((BM, D), tl.float32)
         maximum = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
+        scale = SCALE
+        if KV_FP8 != "":
+            scale *= k_scale
         start = tl.maximum(segment * each, low // TILE)
         for tile in range(start, tl.minimum((segment + 1) * each, tiles)):
             key = tile * TILE + tl.arange(0, TILE)
@@ -184,8 +219,8 @@ def attention(
             page = tl.load(page_table + seq * table_stride + key // page_tokens, here, other=0)
             base = page.to(tl.int64) * page_stride + kv_head * head_stride
             base += key % page_tokens * token_stride
-            k = tl.load(k_base + base[None, :] + d[:, None], mask=here[None, :], other=0.0)
-            score = tl.dot(query, k, tl.zeros((BM, TILE), tl.float32)) * SCALE
+            k = paged(k_base + base[None, :] + d[:, None], here[None, :], KV_FP8)
+            score = tl.dot(query, k, tl.zeros((BM, TILE), tl.float32)) * scale
             seen = key[None, :] <= position[:, None]
             if WINDOW > 0:
                 seen = seen & (key[None, :] > position[:, None] - WINDOW)
@@ -195,7 +230,7 @@ def attention(
             share = tl.exp(maximum - shift)
             prob = tl.exp(score - shift[:, None])
             total = total * share + tl.sum(prob, 1)
-            v = tl.load(v_base + base[:, None] + d[None, :], mask=here[:, None], other=0.0)
+            v = paged(v_base + base[:, None] + d[None, :], here[:, None], KV_FP8)
             acc = tl.dot(prob.to(tl.bfloat16), v, acc * share[:, None])
             maximum = new
         place = (block * HKV + kv_head) * SEGMENTS
@@ -207,7 +242,20 @@ def attention(
             if SEGMENTS > 1:
                 acc, total = merge(part_o, part_ml, place, first_segment, num_segments, live, BM, D)
             result = acc / tl.where(total > 0, total, 1.0)[:, None]
+            if KV_FP8 != "":
+                result *= v_scale
             tl.store(y + at, result.to(tl.bfloat16), mask=live[:, None])
+
+
+@triton.jit
+def paged(at, here, KV_FP8: tl.constexpr):
+    """Elements of pages as bf16; zeros where there is no key."""
+    if KV_FP8 != "":
+        kind: tl.constexpr = tl.float8e4b8 if KV_FP8 == "e4m3fnuz" else tl.float8e4nv
+        found = tl.load(at, mask=here, other=0).to(kind, bitcast=True).to(tl.bfloat16)
+    else:
+        found = tl.load(at, mask=here, other=0.0)
+    return found
 
 
 @triton.jit

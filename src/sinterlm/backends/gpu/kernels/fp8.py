@@ -6,7 +6,8 @@ e4m3fnuz), then scales in fp32, [G][64], or [G] where the columns share them (W_
 bytes in all. Products are exact; sums meet the scale of their group (W_GROUP of k; 0 = all of k)
 in fp32. With A_FP8 every row of a step of BK along k has a scale of its own, its largest magnitude
 over the largest fp8 number; ``ir.reference_codes.fp8_rows`` says the same in NumPy. Rows are
-rounded by an instruction ("cvt"), or by whole numbers ("bits") where Triton has none.
+rounded by an instruction ("cvt"), or by whole numbers ("bits") where Triton has none. KV pages
+hold fp8 numbers too, in bytes.
 """
 
 import triton
@@ -57,6 +58,18 @@ def rounded(x):
     steps = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.minimum(tl.where(size < 0x3C800000, steps, normal), 0x7F) | ((bits >> 24) & 0x80)
     return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def saturated(x, FP8: tl.constexpr, ROUNDING: tl.constexpr):
+    """x fp32 as bytes of fp8 numbers: what is beyond the largest one becomes it, infinity too; NaN
+    stays NaN. The largest of e4m3fnuz is half of e4m3fn's, so that with twice the scale all devices
+    store the same."""
+    kind: tl.constexpr = tl.float8e4b8 if FP8 == "e4m3fnuz" else tl.float8e4nv
+    largest: tl.constexpr = LARGEST_FN / 2 if FP8 == "e4m3fnuz" else LARGEST_FN
+    x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+    number = rounded(x) if ROUNDING == "bits" else x.to(kind)
+    return number.to(tl.uint8, bitcast=True)
 
 
 @triton.jit

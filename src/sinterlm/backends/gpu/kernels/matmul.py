@@ -1,7 +1,8 @@
 """GEMM of few or many rows by packed tiles, and the projection back to the residual stream.
 
 W[N, K] in bf16 lies as [N/64][K/64][64 columns][64 of k]: whatever a program loads is contiguous in
-pieces of 8 KB, so that no row stride meets the same memory channel again and again. Codes (BITS 4
+pieces of 8 KB, so that no row stride meets the same memory channel again and again. Where a
+vendor's library reads it too (W_PITCH > 0) it lies as [N][W_PITCH], of which K count. Codes (BITS 4
 or 8) lie as ``codes.py`` says, fp8 numbers (BITS 8 and FP8) as ``fp8.py`` does. Sums are fp32. With
 SPLIT > 1 several programs share a tile's depth; the last one to arrive adds their sums in the order
 of the splits, so the result does not depend on who that is.
@@ -46,9 +47,16 @@ def depth_of(split, K: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def column_offsets(n, K: tl.constexpr):
-    """Elements from the start of a packed matrix to column n, k = 0."""
-    return (n // 64) * (64 * K) + (n % 64) * 64
+def wide_at(w, n, k, K: tl.constexpr, W_PITCH: tl.constexpr):
+    """Pointers [len(k), len(n)] to columns n of a matrix in bf16; a step of 64 along k is 4096
+    elements in tiles, and 64 where W_PITCH is given."""
+    if W_PITCH == 0:
+        column = (n // 64) * (64 * K) + (n % 64) * 64
+        row = (k // 64) * 4096 + k % 64
+    else:
+        column = n * W_PITCH
+        row = k
+    return w + column[None, :] + row[:, None]
 
 
 @triton.jit
@@ -67,10 +75,11 @@ def accumulate(acc, a, m, live, w, w_scale, w_offset, n, begin, end, A_PITCH: tl
     else:
         k = tl.arange(0, BK)
         a_at = a + m[:, None] * A_PITCH + k[None, :]
-        w_at = w + column_offsets(n, K)[None, :] + ((k // 64) * 4096 + k % 64)[:, None]
+        w_at = wide_at(w, n, k, K, W_PITCH)
+        step: tl.constexpr = 64 if W_PITCH == 0 else 1
         for start in range(begin, end, BK):
             x = tl.load(a_at + start, mask=live[:, None], other=0.0)
-            acc = tl.dot(x, tl.load(w_at + start * 64, cache_modifier=CACHE), acc)
+            acc = tl.dot(x, tl.load(w_at + start * step, cache_modifier=CACHE), acc)
     return acc
 
 
@@ -92,13 +101,12 @@ def accumulate_pair(acc0, acc1, a, m, live, w, w_scale, w_offset, n0, n1, begin,
     else:
         k = tl.arange(0, BK)
         a_at = a + m[:, None] * A_PITCH + k[None, :]
-        steps = ((k // 64) * 4096 + k % 64)[:, None]
-        at0 = w + column_offsets(n0, K)[None, :] + steps
-        at1 = w + column_offsets(n1, K)[None, :] + steps
+        at0, at1 = wide_at(w, n0, k, K, W_PITCH), wide_at(w, n1, k, K, W_PITCH)
+        step: tl.constexpr = 64 if W_PITCH == 0 else 1
         for start in range(begin, end, BK):
             x = tl.load(a_at + start, mask=live[:, None], other=0.0)
-            acc0 = tl.dot(x, tl.load(at0 + start * 64, cache_modifier=CACHE), acc0)
-            acc1 = tl.dot(x, tl.load(at1 + start * 64, cache_modifier=CACHE), acc1)
+            acc0 = tl.dot(x, tl.load(at0 + start * step, cache_modifier=CACHE), acc0)
+            acc1 = tl.dot(x, tl.load(at1 + start * step, cache_modifier=CACHE), acc1)
     return acc0, acc1
 
 
@@ -139,6 +147,17 @@ def join(parts, tile, live, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
+def add_to_stream(acc, m, first, live, bias, norm, x, xw, ssq, N: tl.constexpr,
+                  HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """x += acc[BM, BN] (+ bias) at rows m and columns first, first + 1, …, with its by-products."""
+    n = first + tl.arange(0, BN)
+    if HAS_BIAS:
+        acc += tl.load(bias + n)[None, :]
+    old = tl.load(x + m[:, None] * N + n[None, :], mask=live[:, None], other=0.0)
+    store_stream(old + acc, m, first, live, norm, x, xw, ssq, N, BM, BN)
+
+
+@triton.jit
 def residual_matmul(
     a,  # [T, A_PITCH] bf16
     w,  # packed [N, K] bf16, or codes
@@ -176,7 +195,4 @@ def residual_matmul(
     if last:
         if SPLIT > 1:
             acc = join(parts, tile, live, SPLIT, BM, BN)
-        if HAS_BIAS:
-            acc += tl.load(bias + n)[None, :]
-        old = tl.load(x + m[:, None] * N + n[None, :], mask=live[:, None], other=0.0)
-        store_stream(old + acc, m, tile_n * BN, live, norm, x, xw, ssq, N, BM, BN)
+        add_to_stream(acc, m, tile_n * BN, live, bias, norm, x, xw, ssq, N, HAS_BIAS, BM, BN)

@@ -15,6 +15,22 @@ from sinterlm.backends.gpu.kernels.norm import rstd
 
 
 @triton.jit
+def store_product(g, u, m, column, live, ssq, bias, h, F: tl.constexpr, H: tl.constexpr,
+                  EPS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """h = silu(g * rstd (+ bias)) * (u * rstd (+ bias)) at rows m and ``column`` of F."""
+    scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
+    g *= scale
+    u *= scale
+    if HAS_BIAS:
+        gate = (column // 64) * 128 + column % 64
+        g += tl.load(bias + gate)[None, :]
+        u += tl.load(bias + gate + 64)[None, :]
+    product = g / (1.0 + tl.exp(-g)) * u
+    at = m[:, None] * F + column[None, :]
+    tl.store(h + at, product.to(tl.bfloat16), mask=live[:, None])
+
+
+@triton.jit
 def norm_gate_up_act(
     xw,  # [T, H] bf16
     ssq,  # [T, H / 16] fp32
@@ -55,12 +71,4 @@ def norm_gate_up_act(
         if SPLIT > 1:
             g = join(parts, tile * 2, live, SPLIT, BM, BN)
             u = join(parts, tile * 2 + 1, live, SPLIT, BM, BN)
-        scale = rstd(ssq, m, live, EPS, H, BM)[:, None]
-        g *= scale
-        u *= scale
-        if HAS_BIAS:
-            g += tl.load(bias + gate)[None, :]
-            u += tl.load(bias + gate + 64)[None, :]
-        product = g / (1.0 + tl.exp(-g)) * u
-        at = m[:, None] * F + column[None, :]
-        tl.store(h + at, product.to(tl.bfloat16), mask=live[:, None])
+        store_product(g, u, m, column, live, ssq, bias, h, F, H, EPS, HAS_BIAS, BM)

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #define SL_INLINE static inline __attribute__((always_inline))
+#define SL_MEMBER inline __attribute__((always_inline))
 
 namespace sl {
 

@@ -2,7 +2,7 @@
 //
 // Dot<Bits> is one level's way to multiply unsigned weight codes by signed activation codes:
 //   Act      how an activation code is stored
-//   Weights  one step of 16 columns: 4 k of 8 bits or 8 k of 4 bits, 64 bytes
+//   Weights  one of the kParts of a step of 16 columns: 4 k of 8 bits or 8 k of 4 bits, 64 bytes
 //   Sum      running sums; after kRun steps they must be folded into 16 int32
 // All levels give the same integers.
 #pragma once

@@ -6,12 +6,21 @@
 
 namespace sl {
 
+// Sums have element types: g++ 12 keeps arrays of __m256i that integer instructions add to in
+// memory.
+typedef int32_t IntHalf __attribute__((vector_size(32)));
+typedef int16_t ShortHalf __attribute__((vector_size(32)));
 struct Ints {
-  __m256i lo, hi;
+  IntHalf lo, hi;
+};
+struct Shorts {  // two to a lane
+  ShortHalf lo, hi;
 };
 
-SL_INLINE Ints set1_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-SL_INLINE Vec to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+SL_INLINE Ints set1_int(int32_t v) { return {IntHalf{} + v, IntHalf{} + v}; }
+SL_INLINE Vec to_floats(Ints v) {
+  return {_mm256_cvtepi32_ps((__m256i)v.lo), _mm256_cvtepi32_ps((__m256i)v.hi)};
+}
 SL_INLINE Vec load_elems(const fp16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
           _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
@@ -35,10 +44,9 @@ SL_INLINE void store_codes(int16_t* p, Vec v) {
 template <int Bits>
 SL_INLINE Vec codes_of(const uint8_t* p, int shift) {
   const __m256i mask = _mm256_set1_epi32((1 << Bits) - 1);
-  const __m128i by = _mm_cvtsi32_si128(shift);
   const auto pick = [&](const uint8_t* q) {
     const __m256i words = _mm256_loadu_si256((const __m256i*)q);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(words, by), mask));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, shift), mask));
   };
   return {pick(p), pick(p + 32)};
 }
@@ -60,62 +68,63 @@ SL_INLINE __m256i broadcast_word(const void* p) {
 template <int Bits>
 struct Dot;
 
+// One part of a step of 16 columns, and how it lies where it was made ready (ready.h).
+struct Words {
+  __m256i lo, hi;
+  SL_INLINE Words load(const uint8_t* p) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  void store(uint8_t* p) const {
+    __m256i* halves = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, lo);
+    _mm256_storeu_si256(halves + 1, hi);
+  }
+};
+
 template <>
 struct Dot<8> {
   using Act = int16_t;
   using Sum = Ints;
-  static constexpr int kRun = 1 << 16;
-  struct Weights {
-    Ints even, odd;
-  };
-  SL_INLINE Weights load(const uint8_t* p) {
-    const __m256i l = _mm256_loadu_si256((const __m256i*)p);
-    const __m256i h = _mm256_loadu_si256((const __m256i*)(p + 32));
+  using Weights = Words;  // even or odd bytes
+  static constexpr int kRun = 1 << 16, kParts = 2;
+  SL_INLINE Weights load(const uint8_t* p, int part) {
+    const Words bytes = Words::load(p);
+    if (part) return {_mm256_srli_epi16(bytes.lo, 8), _mm256_srli_epi16(bytes.hi, 8)};
     const __m256i mask = _mm256_set1_epi16(0xff);
-    return {{_mm256_and_si256(l, mask), _mm256_and_si256(h, mask)},
-            {_mm256_srli_epi16(l, 8), _mm256_srli_epi16(h, 8)}};
+    return {_mm256_and_si256(bytes.lo, mask), _mm256_and_si256(bytes.hi, mask)};
   }
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    const __m256i e = broadcast_word(a), o = broadcast_word(a + 2);
-    sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.even.lo, e));
-    sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.even.hi, e));
-    sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.odd.lo, o));
-    sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.odd.hi, o));
-    return sum;
+    const __m256i pair = broadcast_word(a);
+    return {sum.lo + (IntHalf)_mm256_madd_epi16(w.lo, pair),
+            sum.hi + (IntHalf)_mm256_madd_epi16(w.hi, pair)};
   }
 };
 
 template <>
 struct Dot<4> {
   using Act = int8_t;
-  using Sum = Ints;  // of 16-bit numbers
-  static constexpr int kRun = 4;
-  struct Weights {
-    Ints low, high;
-  };
-  SL_INLINE Weights load(const uint8_t* p) {
-    const __m256i l = _mm256_loadu_si256((const __m256i*)p);
-    const __m256i h = _mm256_loadu_si256((const __m256i*)(p + 32));
+  using Sum = Shorts;
+  using Weights = Words;  // low or high nibbles
+  static constexpr int kRun = 4, kParts = 2;
+  SL_INLINE Weights load(const uint8_t* p, int part) {
+    Words bytes = Words::load(p);
+    if (part) bytes = {_mm256_srli_epi16(bytes.lo, 4), _mm256_srli_epi16(bytes.hi, 4)};
     const __m256i mask = _mm256_set1_epi8(15);
-    return {{_mm256_and_si256(l, mask), _mm256_and_si256(h, mask)},
-            {_mm256_and_si256(_mm256_srli_epi16(l, 4), mask),
-             _mm256_and_si256(_mm256_srli_epi16(h, 4), mask)}};
+    return {_mm256_and_si256(bytes.lo, mask), _mm256_and_si256(bytes.hi, mask)};
   }
-  SL_INLINE Sum begin(Ints) { return set1_int(0); }
+  SL_INLINE Sum begin(Ints) { return {ShortHalf{}, ShortHalf{}}; }
   SL_INLINE Ints fold(Ints total, Sum sum) {
     const __m256i ones = _mm256_set1_epi16(1);
-    return {_mm256_add_epi32(total.lo, _mm256_madd_epi16(sum.lo, ones)),
-            _mm256_add_epi32(total.hi, _mm256_madd_epi16(sum.hi, ones))};
+    return {total.lo + (IntHalf)_mm256_madd_epi16((__m256i)sum.lo, ones),
+            total.hi + (IntHalf)_mm256_madd_epi16((__m256i)sum.hi, ones)};
   }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
-    const __m256i a0 = broadcast_word(a), a1 = broadcast_word(a + 4);
-    sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.low.lo, a0));
-    sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.low.hi, a0));
-    sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.high.lo, a1));
-    sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.high.hi, a1));
-    return sum;
+    const __m256i quad = broadcast_word(a);
+    return {sum.lo + (ShortHalf)_mm256_maddubs_epi16(w.lo, quad),
+            sum.hi + (ShortHalf)_mm256_maddubs_epi16(w.hi, quad)};
   }
 };
 

@@ -126,8 +126,8 @@ struct Dot<8> {
   using Act = int8_t;
   using Sum = Ints;
   using Weights = __m512i;
-  static constexpr int kRun = 1 << 16;
-  SL_INLINE Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static constexpr int kRun = 1 << 16, kParts = 1;
+  SL_INLINE Weights load(const uint8_t* p, int = 0) { return _mm512_loadu_si512(p); }
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
@@ -140,8 +140,8 @@ struct Dot<4> {
   using Act = int8_t;
   using Sum = Ints;
   using Weights = Nibbles;
-  static constexpr int kRun = 1 << 16;
-  SL_INLINE Weights load(const uint8_t* p) { return Nibbles::load(p); }
+  static constexpr int kRun = 1 << 16, kParts = 1;
+  SL_INLINE Weights load(const uint8_t* p, int = 0) { return Nibbles::load(p); }
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {
@@ -156,11 +156,11 @@ template <>
 struct Dot<8> {
   using Act = int16_t;
   using Sum = Ints;
-  static constexpr int kRun = 1 << 16;
+  static constexpr int kRun = 1 << 16, kParts = 1;
   struct Weights {
     __m512i even, odd;
   };
-  SL_INLINE Weights load(const uint8_t* p) {
+  SL_INLINE Weights load(const uint8_t* p, int = 0) {
     const __m512i bytes = _mm512_loadu_si512(p);
     return {_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(bytes, 8)};
   }
@@ -177,8 +177,8 @@ struct Dot<4> {
   using Act = int8_t;
   typedef int16_t Sum __attribute__((vector_size(64)));
   using Weights = Nibbles;
-  static constexpr int kRun = 4;
-  SL_INLINE Weights load(const uint8_t* p) { return Nibbles::load(p); }
+  static constexpr int kRun = 4, kParts = 1;
+  SL_INLINE Weights load(const uint8_t* p, int = 0) { return Nibbles::load(p); }
   SL_INLINE Sum begin(Ints) { return Sum{}; }
   SL_INLINE Ints fold(Ints total, Sum sum) {
     return total + (Ints)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));

@@ -43,8 +43,8 @@ struct Dot {
   using Act = int8_t;
   using Sum = Ints;
   using Weights = WordVec;
-  static constexpr int kRun = 1 << 16;
-  SL_INLINE Weights load(const uint8_t* p) { return load_words(p); }
+  static constexpr int kRun = 1 << 16, kParts = 1;
+  SL_INLINE Weights load(const uint8_t* p, int = 0) { return load_words(p); }
   SL_INLINE Sum begin(Ints total) { return total; }
   SL_INLINE Ints fold(Ints, Sum sum) { return sum; }
   SL_INLINE Sum mac(Sum sum, const Act* a, const Weights& w) {

@@ -5,7 +5,7 @@
 // row i of a batch equals the same row alone, bit for bit. Weights are read from memory once per
 // call: columns outside, row blocks inside, K blocks small enough to stay in L2.
 #pragma once
-#include "sinterlm/tile_coded.h"
+#include "sinterlm/tile_narrow.h"
 #include "sinterlm/tile_weight_only.h"
 
 namespace sl {

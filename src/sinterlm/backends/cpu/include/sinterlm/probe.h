@@ -38,9 +38,9 @@ struct DotOf<WeightOnly<E, Bits, Group, Offsets>> : DotOf<Wide<E>> {};
 template <int Bits, int Group, bool Offsets, int ActGroup>
 struct DotOf<Coded<Bits, Group, Offsets, ActGroup>> : Dot<Bits> {
   static constexpr int kSums = kTileSums<typename Dot<Bits>::Act>;
-  static constexpr int kFlops = 2 * kLanes * 32 / Bits;
+  static constexpr int kFlops = 2 * kLanes * 32 / Bits / Dot<Bits>::kParts;
   SL_INLINE typename Dot<Bits>::Weights load(const void* p) {
-    return Dot<Bits>::load(static_cast<const uint8_t*>(p));
+    return Dot<Bits>::load(static_cast<const uint8_t*>(p), 0);
   }
   SL_INLINE typename Dot<Bits>::Sum mac(typename Dot<Bits>::Sum sum, const void* a,
                                         const typename Dot<Bits>::Weights& w) {

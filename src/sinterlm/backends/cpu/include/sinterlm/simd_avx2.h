@@ -124,6 +124,10 @@ struct Panel<bf16> {
 };
 constexpr bool kBf16Dots = false;
 
+// Columns of weights are made ready (ready.h), and a tile that scales its sums block after block
+// leaves its outputs in memory meanwhile.
+constexpr bool kFewRegisters = true;
+
 // Rows of the register tile, and columns (of 16) for so many rows: few rows take more columns, so
 // that a panel is read as it lies in memory.
 template <class E>

@@ -113,6 +113,8 @@ struct Panel<bf16> {
 constexpr bool kBf16Dots = false;
 #endif
 
+constexpr bool kFewRegisters = false;  // panels are multiplied as they lie: see simd_avx2.h
+
 // Rows and columns (of 16) of the register tile: 24 sums, 4 weights, operands from memory.
 template <class E>
 struct TileShape {

@@ -110,6 +110,8 @@ struct Panel<bf16> {
 };
 constexpr bool kBf16Dots = false;
 
+constexpr bool kFewRegisters = false;  // panels are multiplied as they lie: see simd_avx2.h
+
 template <class E>
 struct TileShape {
   static constexpr int kRows = 2;

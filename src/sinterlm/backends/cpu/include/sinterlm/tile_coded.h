@@ -43,7 +43,7 @@ struct CodedTile {
       for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, total[r][j]);
   }
 
- private:
+ protected:
   using D = Dot<F::kBits>;
   static constexpr int kSteps = F::kBlock / F::kStep;
 
@@ -113,11 +113,5 @@ struct CodedTile {
     }
   }
 };
-
-template <int Bits, int Group, bool Offsets, int ActGroup>
-inline void multiply(Coded<Bits, Group, Offsets, ActGroup>, int rows, int cols, const PanelPiece& p,
-                     void*) {
-  panel_rows(rows, cols, CodedTile<Coded<Bits, Group, Offsets, ActGroup>>{p});
-}
 
 }  // namespace sl

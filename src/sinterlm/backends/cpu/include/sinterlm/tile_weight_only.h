@@ -24,6 +24,7 @@ static_assert(kPieceDepth % 128 == 0, "a piece ends where a group of weights doe
 template <class F>
 struct UnpackedPiece {
   using E = typename F::Element;
+  using Shape = TileShape<int8_t>;
   using Ahead = NothingAhead;
   static constexpr int kDepth = kPair<E>, kStride = kDepth * kPanelCols;
   const E* piece;  // [k / P][64 columns][P]
@@ -46,9 +47,27 @@ struct UnpackedPiece {
   }
 };
 
+// 16 columns made ready: codes in fp32, whatever the operands were stored in.
+struct ReadyNumbers {
+  using Shape = ReadyShape<TileShape<float>::kRows>;
+  using Ahead = NothingAhead;
+  static constexpr int kDepth = 1, kStride = kLanes;
+  const float* ready;  // [k][16]
+
+  const float* at(int k, int) const { return ready + k * kLanes; }
+  template <int R, int C>
+  SL_INLINE void add(Vec (&sum)[R][C], const float* a, int64_t lda, const float* b) {
+    static_assert(C == 1);
+    const auto w = Panel<float>::load(b);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r][0] = Panel<float>::mac(sum[r][0], a + r * lda, w);
+  }
+};
+
 template <class F>
 struct CodesAsTheyCome {
   using E = typename F::Element;
+  using Shape = TileShape<int8_t>;
   using Ahead = sl::Ahead;
   static constexpr int kDepth = F::kStep, kStride = F::kStepBytes;
   const uint8_t* panel;
@@ -74,7 +93,7 @@ struct CodesAsTheyCome {
 template <class F, class Source>
 struct ScaledTile {
   using E = typename F::Element;
-  using Shape = TileShape<int8_t>;
+  using Shape = typename Source::Shape;
   PanelPiece p;  // of one piece; `a` is not used
   const Operand<E>* a;
   int64_t lda;
@@ -87,10 +106,15 @@ struct ScaledTile {
   void run(int r0, int j0, typename Source::Ahead ahead) const {
     float* c = p.c + r0 * p.ldc + j0 * kLanes;
     Vec total[R][C];
+    if constexpr (!kFewRegisters) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) total[r][j] = p.k > 0 ? load(c + r * p.ldc + j * kLanes) : zero();
+        for (int j = 0; j < C; ++j)
+          total[r][j] = p.k > 0 ? load(c + r * p.ldc + j * kLanes) : zero();
+    } else if (p.k == 0) {
+      clear_outputs<R, C>(c, p.ldc);
+    }
     for (int k = 0; k < p.depth; k += kWeightBlock<F>) {
       const int stop = std::min(p.depth, k + kWeightBlock<F>);
       Vec sum[R][C];
@@ -103,17 +127,20 @@ struct ScaledTile {
         if constexpr (C < kPanelCols / kLanes) ahead.ask(b);  // else one row tile reads all
         Source::add(sum, a + r0 * lda + i, lda, b);
       }
-      scale(total, sum, r0, k, p.col + j0 * kLanes);
+      scale(total, c, sum, r0, k, p.col + j0 * kLanes);
     }
+    if constexpr (!kFewRegisters) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, total[r][j]);
+        for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, total[r][j]);
+    }
   }
 
  private:
   template <int R, int C>
-  SL_MEMBER void scale(Vec (&total)[R][C], const Vec (&sum)[R][C], int r0, int k, int col) const {
+  SL_MEMBER void scale(Vec (&total)[R][C], float* c, const Vec (&sum)[R][C], int r0, int k,
+                       int col) const {
     const uint8_t* panel = reinterpret_cast<const uint8_t*>(p.panel);
     const int at = F::kGroup == 0 ? 0 : p.k + k;
     const uint8_t* tail = F::tail(F::codes_at(panel, at), F::group_end(p.K, at) - at);
@@ -122,6 +149,7 @@ struct ScaledTile {
       const Vec weight_scale = F::scales(tail, col + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
+        if constexpr (kFewRegisters) total[r][j] = load(c + r * p.ldc + j * kLanes);
         Vec v = fma(sum[r][j], weight_scale, total[r][j]);
         if constexpr (F::kOffsets) {
           constexpr int kBlocks = kPieceDepth / kWeightBlock<F>;
@@ -129,14 +157,15 @@ struct ScaledTile {
           v = fma(of_row, F::offsets(tail, col + j * kLanes), v);
         }
         total[r][j] = v;
+        if constexpr (kFewRegisters) store(c + r * p.ldc + j * kLanes, v);
       }
     }
   }
 };
 
-// The panel's k in [k, k + depth) and `cols` x 16 columns from `col` on, as a panel of E; asks for
-// the same codes `next` bytes further on.
-template <class F, class E = typename F::Element>
+// The panel's k in [k, k + depth) and `cols` x 16 columns from `col` on, as a panel of E of Width
+// columns; asks for the same codes `next` bytes further on.
+template <class F, int Width = kPanelCols, class E>
 inline void unpack_piece(const uint8_t* panel, int k, int depth, int col, int cols, int64_t next,
                          E* out) {
   for (const int end = k + depth; k < end;) {
@@ -146,10 +175,10 @@ inline void unpack_piece(const uint8_t* panel, int k, int depth, int col, int co
       for (int j = 0; j < cols; ++j) {
         __builtin_prefetch(codes + next + j * kLanes * 4, 0, 2);
         unpack_codes<F::kBits, !F::kOffsets>(codes + j * kLanes * 4, out + j * kLanes * kPair<E>,
-                                             kPanelCols * kPair<E>);
+                                             Width * kPair<E>);
       }
       codes += F::kStepBytes;
-      out += F::kStep * kPanelCols;
+      out += F::kStep * Width;
     }
   }
 }
@@ -182,6 +211,16 @@ inline void multiply(WeightOnly<E, Bits, Group, Offsets>, int rows, int cols, co
         operands(rows, reinterpret_cast<const E*>(p.a) + piece.k, piece.depth, &lda, wide);
     if constexpr (Offsets)
       for (int r = 0; r < rows; ++r) sum_blocks<F>(a + r * lda, piece.depth, sums + r * kBlocks);
+    if constexpr (kFewRegisters) {  // from one row on: taking codes apart costs most
+      static_assert(kPieceDepth * kLanes * sizeof(float) == kReadyBytes);
+      float* ready = static_cast<float*>(scratch);
+      PanelPiece columns = piece;
+      for (int j = 0; j < cols; ++j, columns.c += kLanes, columns.col += kLanes) {
+        unpack_piece<F, kLanes>(panel, piece.k, piece.depth, columns.col, 1, p.next, ready);
+        panel_rows(rows, 1, ScaledTile<F, ReadyNumbers>{columns, a, lda, sums, {ready}});
+      }
+      continue;
+    }
     if constexpr (kCodesInRegisters<E>) {
       if (rows <= TileShape<int8_t>::kRows) {
         using Source = CodesAsTheyCome<F>;

@@ -3,9 +3,7 @@
 #include <algorithm>
 
 #include "sinterlm/cut.h"
-#include "sinterlm/formats.h"
-
-#define SL_MEMBER inline __attribute__((always_inline))
+#include "sinterlm/ready.h"
 
 namespace sl {
 
@@ -59,6 +57,14 @@ struct NothingAhead {
   SL_MEMBER void turn() {}
   SL_MEMBER void ask(const void*) const {}
 };
+
+template <int R, int C>
+SL_INLINE void clear_outputs(float* c, int64_t ldc) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * kLanes, zero());
+}
 
 // c[R][ldc] (+)= a[R][lda] * one step of C * 16 columns per P k. `b` advances by k_step per P k and
 // col_step per 16 columns (elements), so that weights, K pages and V pages are all panels.
