@@ -1,10 +1,11 @@
 """Memory and time of packing a bf16 checkpoint of a known shape, whose files are almost all holes.
 
-    python scripts/packing_memory.py qwq-32b build/memory --quantization int4
+    python scripts/packing_memory.py qwq-32b build/memory --quantization int4 --layers 2 4 8
 
 Shards have real headers and as many bytes as the original's; the first rows of every tensor are
-random, the rest reads as zeros and takes no disk. Codes cost the same whatever the weights are, and
-so does memory; only the time to read a disk is not in it. The bundle does take its room on disk.
+random, the rest reads as zeros and takes no disk. Memory does not depend on what the weights are;
+times are not those of a real checkpoint, which has a disk to read. A bundle does take its room on
+disk, and is removed when it was measured. Each count of layers is packed in a process of its own.
 Linux: residence is read from /proc, while our code packs in this process.
 """
 
@@ -13,10 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +29,7 @@ from sinterlm.compile import compile_model
 from sinterlm.frontend.decoder import build_graph
 from sinterlm.frontend.hf_config import read_config
 from sinterlm.frontend.named_configs import named_configs
-from sinterlm.options import CompileOptions
+from sinterlm.options import CompileOptions, QuantizationName
 
 SHARD_BYTES = 4_750_000_000
 RANDOM_ROWS = 16
@@ -32,34 +37,57 @@ STATUS = re.compile(r"^(RssAnon|RssFile):\s+(\d+) kB", re.MULTILINE)
 
 
 def main() -> None:
-    """Make the checkpoint unless it is there, pack it, print what that took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Make a checkpoint for every count of layers, pack it, print what that took, remove both."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", choices=sorted(named_configs()))
     parser.add_argument("folder", type=Path, help="where checkpoint and cache go")
     parser.add_argument("--quantization", choices=("int8", "int4"))
-    args = parser.parse_args()
-    checkpoint = args.folder / args.model
-    if not (checkpoint / "config.json").exists():
-        write_sparse(checkpoint, args.model)
-    options = CompileOptions(
-        model=str(checkpoint), quantization=args.quantization, cache_dir=args.folder / "cache"
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="counts of layers; the model's own unless given"
     )
+    args = parser.parse_args()
+    if args.layers and len(args.layers) > 1:
+        at = sys.argv.index("--layers")
+        for count in args.layers:  # what one run leaves in the allocator is not the next one's
+            command = [*sys.argv[:at], *sys.argv[at + 1 + len(args.layers) :]]
+            subprocess.run([sys.executable, *command, "--layers", str(count)], check=True)
+        return
+    contents = named_configs()[args.model]
+    if args.layers:
+        contents["num_hidden_layers"] = args.layers[0]
+    checkpoint, cache = args.folder / args.model, args.folder / "cache"
+    try:
+        write_sparse(checkpoint, contents)
+        measure(checkpoint, cache, args.quantization, contents["num_hidden_layers"])
+    finally:
+        for made in (checkpoint, cache):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def measure(
+    checkpoint: Path, cache: Path, quantization: QuantizationName | None, num_layers: int
+) -> None:
+    """Pack ``checkpoint`` and print the time and the memory of each stage."""
+    options = CompileOptions(model=str(checkpoint), quantization=quantization, cache_dir=cache)
     with Meter() as meter:
         bundle = compile_model(options, meter)
     source = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     packed = bundle.manifest.weights.nbytes if bundle.manifest.weights else 0
-    print(f"{args.model} {args.quantization or 'bf16'}: {source / 1e9:.2f} GB -> {packed / 1e9:.2f} GB")
+    print(f"{checkpoint.name}, {num_layers} layers, {quantization or 'bf16'}:", end=" ")
+    print(f"{source / 1e9:.2f} GB -> {packed / 1e9:.2f} GB")
     print("stage                 seconds   anonymous, mapped and both at most, MB")
     for stage in meter.stages:
         anon, mapped, both = (peak / 1e6 for peak in stage.peaks)
-        print(f"{stage.name:<20} {stage.seconds:8.1f}  {anon:8.0f} {mapped:8.0f} {both:8.0f}")
+        print(
+            f"{stage.name:<20} {stage.seconds:8.1f}  {anon:8.0f} {mapped:8.0f} {both:8.0f}",
+            flush=True,
+        )
 
 
-def write_sparse(folder: Path, model: str) -> None:
-    """A checkpoint of the known config ``model`` in ``folder``, in the order of its layers."""
+def write_sparse(folder: Path, contents: dict[str, Any]) -> None:
+    """A checkpoint of the config ``contents`` in ``folder``, in the order of its layers."""
     folder.mkdir(parents=True)
-    contents = named_configs()[model]
-    weights = build_graph(read_config(contents, None, what=model), "bf16").weights
+    weights = build_graph(read_config(contents, None, what=folder.name), "bf16").weights
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     at = 0
     for name, weight in weights.items():
@@ -79,9 +107,7 @@ def write_sparse(folder: Path, model: str) -> None:
     (folder / "config.json").write_text(json.dumps(contents))
 
 
-def write_shard(
-    path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator
-) -> None:
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
     """bf16 tensors of these ``shapes``: some random rows each, then a hole."""
     header, at = {}, 0
     for name, shape in shapes.items():
