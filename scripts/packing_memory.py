@@ -109,7 +109,8 @@ def write_sparse(folder: Path, contents: dict[str, Any]) -> None:
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> None:
     """bf16 tensors of these ``shapes``: some random rows each, then a hole."""
-    header, at = {}, 0
+    at = 0
+    header: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         end = at + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
