@@ -123,7 +123,7 @@ def test_version_and_help_import_no_layer() -> None:
         "from sinterlm import cli\n"
         "try:\n    cli.main(sys.argv[1:])\n"
         "except SystemExit:\n    pass\n"
-        "heavy = {'numpy', 'tokenizers', 'jinja2', 'gguf', 'huggingface_hub', 'ctypes',\n"
+        "heavy = {'numpy', 'rich', 'tokenizers', 'jinja2', 'gguf', 'huggingface_hub', 'ctypes',\n"
         "         'sinterlm.compile', 'sinterlm.engine', 'sinterlm.runtime', 'sinterlm.frontend'}\n"
         "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
     )
