@@ -43,9 +43,10 @@ class Streamed:
 class Server:
     """`sinterlm serve` in a process of its own, and a client that only counts events."""
 
-    def __init__(self, model: str, num_threads: int | None, stream_interval: int) -> None:
+    def __init__(self, model: str, num_threads: int | None, stream_interval: int | None) -> None:
         flags = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)]
-        flags += ["--stream-interval", str(stream_interval)]
+        if stream_interval is not None:
+            flags += ["--stream-interval", str(stream_interval)]
         if num_threads is not None:
             flags += ["--num-threads", str(num_threads)]
         self._process = subprocess.Popen(
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-threads", type=int, help="of either engine (default: every CPU)")
-    parser.add_argument("--stream-interval", type=int, default=1, help="of the server")
+    parser.add_argument("--stream-interval", type=int, help="of the server (default: its own)")
     args = parser.parse_args()
     server = Server(args.model, args.num_threads, args.stream_interval)
     try:

@@ -127,7 +127,8 @@ class ServeOptions:
 
     max_waiting: int = 512  #: requests that may wait for the engine; one more gets a 429
     #: Tokens that a stream gets together: decode steps in one native call when nothing waits.
-    stream_interval: int = 1
+    #: None = as many as take 33 ms, at most num_scheduler_steps.
+    stream_interval: int | None = None
     max_body_bytes: int = 16 << 20  #: longest request body; a longer one gets a 413
     #: Seconds from a request's arrival to its end; then it is ended with a 408 (or an error event).
     request_timeout: float | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from typing import Any
 
 from sinterlm.cli import main
 from sinterlm.engine.engine import Engine
@@ -18,7 +19,7 @@ def hinder(seconds: float, last: int) -> None:
     """Make every engine of this process slow and mortal."""
     step, numbers = Engine.step, itertools.count(1)
 
-    def hindered(engine: Engine, **options: int) -> list[Delta]:
+    def hindered(engine: Engine, **options: Any) -> list[Delta]:
         time.sleep(seconds)
         if next(numbers) == last:
             raise RuntimeError("/secret/path")
@@ -29,4 +30,5 @@ def hinder(seconds: float, last: int) -> None:
 
 if __name__ == "__main__":
     hinder(float(sys.argv[1]), int(sys.argv[2]))
-    sys.exit(main(["serve", *sys.argv[3:]]))
+    one_by_one = ["--stream-interval", "1"]  # else several steps share a wait
+    sys.exit(main(["serve", *one_by_one, *sys.argv[3:]]))

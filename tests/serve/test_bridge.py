@@ -20,8 +20,10 @@ from sinterlm.errors import (
     ResourceError,
     UsageError,
 )
+from sinterlm.runtime.batch import StepBatch, StepResult
 from sinterlm.serve.bridge import Bridge
 from tests.engine.fake_bundle import load
+from tests.engine.fakes import FakeModel
 from tests.serve.bridges import (
     GREEDY,
     LONG,
@@ -98,6 +100,40 @@ def test_all_sequences_of_a_request_come_in_one_stream() -> None:
             for done in output.outputs:
                 mine = [d for d in deltas if d.index == done.index]
                 assert [d.token_ids[0] for d in mine] == list(done.token_ids)
+
+    run(test)
+    llm.close()
+
+
+class PermittedModel(FakeModel):
+    """Runs as many steps as it has permits."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.permits = threading.Semaphore(0)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        assert self.permits.acquire(timeout=30)
+        return super().step(batch)
+
+
+def test_a_token_waits_for_no_further_step() -> None:
+    llm, model = load_on(PermittedModel, 2)
+
+    async def test() -> None:
+        async with running(llm) as bridge:
+            stream = bridge.submit(submission())
+            for _ in range(5):
+                model.permits.release()
+                delta = await asyncio.wait_for(anext(stream), 20)
+            assert delta.output is not None
+            other, dropped = bridge.submit(submission("s")), bridge.submit(submission("t"))
+            model.permits.release()
+            await anext(other)
+            dropped.cancel()
+            other.cancel()
+            model.permits.release()  # the one that had begun
+            assert (await read(dropped))[-1].finish_reason == "abort"
 
     run(test)
     llm.close()

@@ -254,7 +254,7 @@ def test_deltas_before_a_death_can_still_be_read() -> None:
     model.fail_at = {3: RuntimeFault("broken")}
 
     async def test() -> None:
-        bridge = Bridge(llm, max_waiting=10)
+        bridge = Bridge(llm, max_waiting=10, stream_interval=1)
         await bridge.start()
         stream = bridge.submit(submission(params=LONG))
         await until(lambda: bridge.failure is not None)

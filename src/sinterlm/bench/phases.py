@@ -84,10 +84,12 @@ class PhasedEngine(Engine):
         max_pages = -(-limits.max_model_len // page_tokens)
         self._builder = _PhasedBuilder(self.step_limits, max_pages, phases)
 
-    def step(self, *, max_steps: int = 1) -> list[Delta]:
+    def step(
+        self, *, max_steps: int = 1, launching: Callable[[], None] | None = None
+    ) -> list[Delta]:
         """Run one step, as ``Engine.step`` does."""
         start = time.perf_counter()
-        deltas = super().step(max_steps=max_steps)
+        deltas = super().step(max_steps=max_steps, launching=launching)
         self.phases.engine_s += time.perf_counter() - start
         return deltas
 

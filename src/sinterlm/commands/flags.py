@@ -84,7 +84,8 @@ HELP: dict[str, str] = {
     "ssl_cert_reqs": "client certificates: 0 not asked for, 1 optional, 2 required",
     "max_waiting": "requests that may wait for the engine; one more gets a 429",
     "stream_interval": "tokens that a stream gets together while nothing waits: more leave less "
-    "work between steps, and larger gaps between what a reader sees",
+    "work between steps, and larger gaps between what a reader sees (default: as many as take "
+    "33 ms, at most num-scheduler-steps)",
     "max_body_bytes": "longest request body, bytes or 16M",
     "request_timeout": "seconds until a request is ended (default: never)",
     "read_timeout": "seconds a client may take to send its headers, and then its body",

@@ -84,6 +84,7 @@ class Engine:
         self._groups: dict[str, RequestGroup] = {}
         self._deadlines = Deadlines()
         self._counters = Counters()
+        self.last_step_seconds = 0.0  # of the model, one step of the last call; 0 before the first
         self.scheduler = self._new_scheduler()
         self._found_interval = sys.getswitchinterval()
 
@@ -173,13 +174,17 @@ class Engine:
         for request in group.requests:
             self.scheduler.add(request)
 
-    def step(self, *, max_steps: int = 1) -> list[Delta]:
+    def step(
+        self, *, max_steps: int = 1, launching: Callable[[], None] | None = None
+    ) -> list[Delta]:
         """Run one step of everything that fits in it; what it drew, one delta for each token.
 
         Up to ``max_steps`` of them, where nobody can tell the difference but by the clock: what is
         added, aborted or past its deadline meanwhile waits for them all.
         First, whatever is past its deadline ends; with a delta too, which has no token. After an
         exception only ``reset`` may follow: pages were promised what was not computed.
+        ``launching`` is called last before the model runs: whom it wakes has the interpreter to
+        himself for as long as that takes.
         """
         self._lower_switch_interval()
         now = time.perf_counter()
@@ -188,7 +193,7 @@ class Engine:
         for chunk in schedule.chunks:
             chunk.request.group.begin(now)
         if schedule.chunks:
-            for result in self._run(schedule):
+            for result in self._run(schedule, launching):
                 deltas += self._commit(schedule, result)
         return deltas
 
@@ -281,14 +286,18 @@ class Engine:
                     deltas.append(self._delta(request, (), None, now))
         return deltas
 
-    def _run(self, schedule: Schedule) -> list[StepResult]:
+    def _run(self, schedule: Schedule, launching: Callable[[], None] | None) -> list[StepResult]:
         batch = self._builder.build(schedule)
+        if launching is not None:
+            launching()
         start = time.perf_counter()
         if schedule.num_steps > 1:
             results = self._model.decode(batch, schedule.num_steps)
         else:
             results = [self._model.step(batch)]
-        self._counters.step_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.last_step_seconds = seconds / len(results)
+        self._counters.step_seconds += seconds
         self._counters.steps += len(results)
         return results
 

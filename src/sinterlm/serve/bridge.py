@@ -26,6 +26,7 @@ from sinterlm.engine.roof_meter import RoofMeter
 from sinterlm.engine.sampling import SamplingParams
 from sinterlm.engine.stats import EngineStats, OpStats, op_stats
 from sinterlm.errors import DrainingError, EngineDeadError, ResourceError, UsageError
+from sinterlm.serve.pace import Pace
 from sinterlm.serve.stream import AbortReason, Stream
 from sinterlm.serve.waiting_room import WaitingRoom
 
@@ -57,11 +58,11 @@ class Bridge:
     more request is refused with QueueFullError. While the bridge runs, other calls of the LLM that
     need its engine raise UsageError. All methods but ``stats`` are for the event loop's thread.
 
-    Up to ``stream_interval`` steps run in one native call while nothing waits: their tokens come
-    together, and whatever arrives meanwhile waits for them.
+    Up to ``stream_interval`` steps run in one native call while nothing waits (None: see ``Pace``):
+    their tokens come together, and whatever arrives meanwhile waits for them.
     """
 
-    def __init__(self, llm: LLM, *, max_waiting: int, stream_interval: int = 1) -> None:
+    def __init__(self, llm: LLM, *, max_waiting: int, stream_interval: int | None = None) -> None:
         if max_waiting < 0:
             raise UsageError(f"max_waiting={max_waiting} must not be negative")
         self._llm = llm
@@ -258,21 +259,32 @@ class Bridge:
     def _run(self) -> None:
         """The engine thread: obey, step, deliver, until told to end or something breaks."""
         assert self._engine is not None
+        pace = Pace(self._stream_interval, self._engine.step_limits.num_scheduler_steps)
         death, cause = None, ""
         try:
             while not self._ending:
                 self._obey(wait=not self._engine.has_unfinished)
                 if self._engine.has_unfinished:
-                    self._deltas += self._engine.step(max_steps=self._stream_interval)
+                    # What a step drew is delivered as the next one starts: then the front has the
+                    # interpreter to itself, and keeps nobody from starting it.
+                    drawn = self._engine.step(max_steps=pace.max_steps, launching=self._flush)
+                    self._deltas += drawn  # by now a list of its own
+                    pace.note(self._engine.last_step_seconds)
                 self._read_ops()
-                if self._deltas:
-                    self._post(self._deliver, self._deltas)
-                    self._deltas = []
+                if not self._engine.has_unfinished:
+                    self._flush()
         except BaseException as exc:  # whatever it is, somebody must be told
             death, cause = _log_death(exc), type(exc).__name__
         finally:
+            self._flush()
             self._llm.return_engine()
             self._post(self._close, death, cause)
+
+    def _flush(self) -> None:
+        """Deliver what there is."""
+        if self._deltas:
+            self._post(self._deliver, self._deltas)
+            self._deltas = []
 
     def _read_ops(self) -> None:
         """Ask the model what its ops have taken, now and then, and before falling asleep."""

@@ -20,7 +20,7 @@ _NAME = re.compile(r"[^\x00-\x20\x7f]+")
 
 def check_options(options: ServeOptions) -> None:
     """Raise UsageError naming the first option that makes no sense by itself."""
-    integers: list[tuple[str, int, int, int]] = [
+    integers: list[tuple[str, int | None, int, int]] = [
         ("port", options.port, 0, 65535),
         ("ssl_cert_reqs", options.ssl_cert_reqs, 0, 2),
         ("max_waiting", options.max_waiting, 0, 1 << 20),
@@ -28,7 +28,7 @@ def check_options(options: ServeOptions) -> None:
         ("max_body_bytes", options.max_body_bytes, 1 << 10, 1 << 30),
     ]
     for name, value, low, high in integers:
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UsageError(f"{name}={value!r} must be an integer between {low} and {high}")
     seconds: list[tuple[str, float | None, float]] = [
         ("request_timeout", options.request_timeout, 0.001),
