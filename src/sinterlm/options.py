@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 DTypeName = Literal["bf16", "fp32"]
-IsaName = Literal["avx512bf16", "avx512", "avx2", "generic"]
+IsaName = Literal["amx", "avx512bf16", "avx512", "avx2", "generic"]
 QuantizationName = Literal["int8", "int4", "fp8"]
 ActDTypeName = Literal["int8", "bf16", "fp8"]
 KvCacheDTypeName = Literal["auto", "bf16", "int8", "fp8"]
@@ -22,7 +22,7 @@ QUANT_GROUPS = (0, 32, 64, 128)
 DEFAULT_QUANT_GROUP = {8: 128, 4: 32}
 
 #: ISA levels from widest to narrowest; the first one the machine has is the default.
-ISA_LEVELS: tuple[IsaName, ...] = ("avx512bf16", "avx512", "avx2", "generic")
+ISA_LEVELS: tuple[IsaName, ...] = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 #: Accepted spellings of ``--dtype``; the values are what the rest of the code sees.
 DTYPE_SPELLINGS: dict[str, Literal["auto", "bf16", "fp32"]] = {

@@ -148,6 +148,8 @@ AVX512 = AVX2 + " avx512f avx512bw avx512vl avx512dq"
 @pytest.mark.parametrize(
     ("flags", "best"),
     [
+        (AVX512 + " avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8", "amx"),
+        (AVX512 + " avx512_bf16 avx512_vnni amx_tile", "avx512bf16"),
         (AVX512 + " avx512_bf16 avx512_vnni", "avx512bf16"),
         (AVX512 + " avx512_bf16", "avx512"),
         (AVX512 + " avx512_vnni", "avx512"),
@@ -176,7 +178,7 @@ def test_other_architectures_are_generic(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_level_is_refused_with_the_list() -> None:
-    with pytest.raises(UsageError, match=r"'avx1024'.*avx512bf16, avx512, avx2, generic"):
+    with pytest.raises(UsageError, match=r"'avx1024'.*amx, avx512bf16, avx512, avx2, generic"):
         isa.parse_isa("avx1024")
 
 

@@ -79,7 +79,9 @@ def machine(
     path = build_driver(tmp_path, device.vendor)
     driver.attach(path)
     monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(path))
-    gemm, path = RecordingGemm(driver, SIZES["max_tokens"]), build_gemm(tmp_path, device.vendor)
+    folder = tmp_path / 'a "fast" library'
+    folder.mkdir()
+    gemm, path = RecordingGemm(driver, SIZES["max_tokens"]), build_gemm(folder, device.vendor)
     gemm.attach(path)
     monkeypatch.setenv("SINTERLM_VENDOR_GEMM", str(path))
     yield VendorMachine(model, table, driver, library, weights, {}, gemm)
@@ -107,6 +109,7 @@ def test_a_generation_is_the_simulators(machine: VendorMachine) -> None:
     with machine.open() as model:
         told = model.describe()["vendor_gemm"]
         assert "libhipblaslt" in told or "libcublasLt" in told
+        assert '/a "fast" library/' in told
         assert {a.a.columns for a in gemm.algorithms.values()} == {256, 300}, "300 tokens at most"
         assert len(gemm.algorithms) == gemm.calls.count("heuristic") == 2 * shapes
         model.alloc_kv(16, 128)

@@ -20,6 +20,7 @@ from sinterlm.ir.bf16 import (
     from_bf16,
     gemm_exact,
     round_bf16,
+    tdpbf16ps,
     to_bf16,
     vdpbf16ps,
 )
@@ -142,7 +143,63 @@ def test_emulation_is_the_instruction(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(bits_of(vdpbf16ps(acc, a, b)), bits_of(out))
 
 
-@pytest.mark.parametrize("instruction", ["vdpbf16ps", "fma", "mul_add"])
+TILES = """
+#include <immintrin.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+struct Config {
+  uint8_t palette = 1, start = 0, zeros[14] = {};
+  uint16_t bytes[16] = {64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16};
+};
+extern "C" __attribute__((visibility("default"))) int dot(
+    const float* acc, const uint16_t* a, const uint16_t* b, float* out, int n) {
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 1;
+  const Config config;
+  _tile_loadconfig(&config);
+  for (int i = 0; i < n; ++i, acc += 256, a += 512, b += 512, out += 256) {
+    asm volatile("" ::: "memory");
+    _tile_loadd(0, acc, 64);
+    _tile_loadd(1, a, 64);
+    _tile_loadd(2, b, 64);
+    _tile_dpbf16ps(0, 1, 2);
+    _tile_stored(0, out, 64);
+    asm volatile("" ::: "memory");
+  }
+  _tile_release();
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif("amx" not in available_isas(), reason="this machine has no AMX")
+@pytest.mark.parametrize("kind", ["near one", "spread", "any bits", "cancelling", "denormal"])
+def test_emulation_is_the_tile_instruction(tmp_path: Path, kind: str) -> None:
+    compile_library(TILES, tmp_path / "dot.so", "amx")
+    dot = ctypes.CDLL(str(tmp_path / "dot.so")).dot
+    rng, n = np.random.default_rng(7), 64
+    low, high = {"spread": (-40, 40), "denormal": (-66, -60)}.get(kind, (0, 1))
+    a, w = (
+        to_bf16(rng.standard_normal((n, 16, 32)) * 2.0 ** rng.integers(low, high, (n, 16, 32)))
+        for _ in range(2)
+    )
+    size = (n, 16, 16)
+    acc = (rng.standard_normal(size) * 2.0 ** rng.integers(2 * low, 2 * high, size)).astype("f4")
+    if kind == "any bits":
+        a, w = (rng.integers(0, 1 << 16, (n, 16, 32)).astype(np.uint16) for _ in range(2))
+        acc = rng.integers(0, 1 << 32, size).astype(np.uint32).view(np.float32)
+    elif kind == "cancelling":
+        acc = -(from_bf16(a) @ from_bf16(w).transpose(0, 2, 1)).astype(np.float32)
+    panel = np.ascontiguousarray(w.reshape(n, 16, 16, 2).transpose(0, 2, 1, 3))  # [k/2][column][2]
+    out = np.empty_like(acc)
+    pointers = (ctypes.c_void_p(x.ctypes.data) for x in (acc, a, panel, out))
+    assert dot(*pointers, ctypes.c_int(n)) == 0
+    expected = tdpbf16ps(acc, a[:, :, None], w[:, None])
+    assert np.array_equal(bits_of(expected), bits_of(out))
+
+
+@pytest.mark.parametrize("instruction", ["tdpbf16ps", "vdpbf16ps", "fma", "mul_add"])
 def test_gemm_is_within_its_bound(instruction: str) -> None:
     rng = np.random.default_rng(1)
     a, w = (to_bf16(rng.standard_normal((m, 300)) * 100) for m in (3, 5))

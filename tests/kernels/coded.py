@@ -61,7 +61,7 @@ class CodedLib:
     @property
     def bf16_dot(self) -> Instruction:
         """What products of bf16 are computed with."""
-        return "vdpbf16ps" if self.isa == "avx512bf16" else self.instruction
+        return "vdpbf16ps" if self.isa in ("amx", "avx512bf16") else self.instruction
 
     @property
     def instruction(self) -> Instruction:

@@ -164,6 +164,21 @@ def test_decode_equals_prefill_bit_for_bit(kv_ops: OpLib, bf16: bool, window: in
 
 
 @pytest.mark.parametrize("bf16", [True, False])
+def test_pages_of_any_size_give_the_same_bits(kv_ops: OpLib, bf16: bool) -> None:
+    """Many numbers, since bf16 hides most differences in the last bits of a sum."""
+    heads, length = 8, 900
+    rng = np.random.default_rng(6)
+    k, v = rng.normal(size=(2, length, 1, 64)).astype("f4")
+    q = rng.normal(size=(length, heads * 64)).astype("f4")
+    found = set()
+    for page in (16, 32, 48, 64):
+        step = PagedStep([length], [length], 1, 64, page, bf16, codes=kv_ops.codes)
+        put(step, 0, k, v)
+        found.add(kv_ops.attention(step, q, heads, 0.125, threads=2).tobytes())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("window", [0, 300])
 def test_sharing_chunks_among_workers_changes_no_bit(
     kv_ops: OpLib, bf16: bool, window: int

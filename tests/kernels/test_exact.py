@@ -10,8 +10,8 @@ from tests.kernels.oplib import OpLib, pad, round_up
 
 
 def instruction(isa: str, bf16: bool) -> Instruction:
-    if isa == "avx512bf16" and bf16:
-        return "vdpbf16ps"
+    if bf16 and isa in ("amx", "avx512bf16"):
+        return "tdpbf16ps" if isa == "amx" else "vdpbf16ps"
     return "mul_add" if isa == "generic" else "fma"
 
 

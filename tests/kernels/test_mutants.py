@@ -107,6 +107,20 @@ MUTANTS = [
            "mul(p, load(value + j))", _damaged_value, codes=True),
 ]  # fmt: skip
 
+if best_isa() == "amx":
+    MUTANTS += [
+        Mutant("sums of earlier tiles lost", "tile_amx.h", "walk.accumulate = true;", "",
+               lambda ops: matmul.test_residual(ops, 7, 200, 96, True)),
+        Mutant("lower tile of the upper rows", "tile_amx.h", "a + kTileRows * w.lda, lda", "a, lda",
+               lambda ops: matmul.test_residual(ops, 97, 136, 72, True)),
+        Mutant("last rows of a tile left out", "tile_amx.h", "set({left, left,",
+               "set({left - 1, left - 1,",
+               lambda ops: matmul.test_residual(ops, 7, 200, 96, True)),
+        Mutant("values in blocks that no page knows", "attention.h", ", tile, kLanes);",
+               ", tile);",
+               lambda ops: attention.test_pages_of_any_size_give_the_same_bits(ops, True)),
+    ]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CodedMutant:
@@ -121,7 +135,11 @@ class CodedMutant:
 
 
 def _coded_residual(lib: CodedLib, number: int) -> None:
-    coded.test_residual_bit_for_bit(lib, number, 13, 1100, 144)
+    coded.test_residual_bit_for_bit(lib, number, 7, 200, 96)
+
+
+def _many_coded_rows(lib: CodedLib, number: int) -> None:
+    coded.test_residual_bit_for_bit(lib, number, 97, 136, 72)
 
 
 def _weight_only(lib: CodedLib, number: int) -> None:
@@ -141,7 +159,8 @@ CODED_MUTANTS = [
                 2, _coded_residual),
     CodedMutant("scale of the neighbouring activations", "tile_coded.h", "[k / F::kUnit];",
                 "[(k / F::kUnit + 1) % (p.K / F::kUnit)];", 0, _coded_residual),
-    CodedMutant("offset dropped", "tile_coded.h", "v = fma(mul(F::offsets", "fma(mul(F::offsets",
+    CodedMutant("offset dropped", "tile_coded.h", "if constexpr (F::kOffsets) return fma",
+                "if constexpr (false) return fma",
                 3, _coded_residual),
     CodedMutant("codes not centred", CODED_TILE, "F::kOffsets ? 0 : -F::kCentre",
                 "true ? 0 : 1", 2, _coded_residual),
@@ -154,6 +173,16 @@ CODED_MUTANTS = [
     CodedMutant("weight-only scale of the neighbouring group", "tile_weight_only.h",
                 "? 0 : p.k + k;", "? 0 : (p.k + k + 64) % p.K;", 5, _weight_only),
 ]  # fmt: skip
+
+if best_isa() == "amx":
+    CODED_MUTANTS += [
+        CodedMutant("bytes not centred in tiles", "tile_amx_coded.h", "F::kOffsets ? 0 : static",
+                    "true ? 0 : static", 0, _many_coded_rows),
+        CodedMutant("upper nibbles before lower", "tile_amx_coded.h", "sub_epi8(n.low, centre)",
+                    "sub_epi8(n.high, centre)", 2, _many_coded_rows),
+        CodedMutant("row of the neighbour in tiles", "tile_amx_coded.h", "act_scale(r + i, k)",
+                    "act_scale(r, k)", 0, _many_coded_rows),
+    ]  # fmt: skip
 
 
 def _build(mutant: Mutant | CodedMutant, source: Path, folder: Path, *flags: str) -> Path:

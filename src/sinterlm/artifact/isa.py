@@ -14,10 +14,12 @@ from sinterlm.options import ISA_LEVELS, IsaName
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_AVX512BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
 
 #: Names in /proc/cpuinfo that each level needs; all of them must be there.
 REQUIRED_CPU_FLAGS: dict[IsaName, frozenset[str]] = {
-    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512_vnni"},
+    "amx": _AVX512BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512bf16": _AVX512BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": frozenset(),

@@ -1,8 +1,9 @@
 """What decides the bytes of each cached thing, and the keys made of it.
 
 The code key knows shapes, layout and memory plan through the emitted source, and nothing of the
-weights' values; the weights key knows the checkpoint's content and the layout, and nothing of the
-compiler. So fine-tunes of one shape share a library and never each other's weights.
+weights' values (but the scales of a KV cache in fp8, which stand in a GPU's launch table); the
+weights key knows the checkpoint's content and the layout, and nothing of the compiler. So
+fine-tunes of one shape share a library and never each other's weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Bits = NDArray[np.uint16]
-Instruction = Literal["vdpbf16ps", "fma", "mul_add"]
+Instruction = Literal["tdpbf16ps", "vdpbf16ps", "fma", "mul_add"]
 
 #: Unit roundoff of float32.
 U32 = 2.0**-24
@@ -80,15 +80,38 @@ def vdpbf16ps(acc: F32, a: Bits, b: Bits) -> F32:
     return acc
 
 
+def tdpbf16ps(acc: F32, a: Bits, b: Bits) -> F32:
+    """acc[...] + the dot product of a[..., K] and b[..., K] as the instruction adds it, K <= 32.
+
+    Even and odd elements are two chains of fma from zero, k ascending; their sum is added. All is
+    rounded to nearest even, and denormals count as zero. (Intel's Software Developer's Manual,
+    TDPBF16PS.)
+    """
+    wide_a, wide_b = flush(from_bf16(a)), flush(from_bf16(b))
+    chains = []
+    for first in (0, 1):
+        chain = np.zeros(np.broadcast_shapes(a.shape, b.shape)[:-1], np.float32)
+        for k in range(first, a.shape[-1], 2):
+            chain = flush(fma(wide_a[..., k], wide_b[..., k], chain))
+        chains.append(chain)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return flush(flush(acc) + flush(chains[0] + chains[1]))
+
+
 def gemm_exact(a: NDArray[Any], w: NDArray[Any], instruction: Instruction) -> F32:
     """a[M, K] @ w[N, K]ᵀ as float32 [M, N]: one chain per output, k ascending, as the kernels do.
 
-    bf16 operands are uint16 bits with an even K. ``"vdpbf16ps"`` is bf16 at the avx512bf16 level;
-    ``"fma"`` is avx512 and avx2, and float32 at the avx512bf16 level; ``"mul_add"``, a product and
-    a sum each rounded, is generic. The last two keep denormals, so they stand for kernels that
-    flush them only as long as no product or sum is one.
+    bf16 operands are uint16 bits with an even K. ``"tdpbf16ps"`` is bf16 at the amx level, blocks
+    of 32 k; ``"vdpbf16ps"`` is bf16 at the avx512bf16 level; ``"fma"`` is avx512 and avx2, and
+    float32 at these two; ``"mul_add"``, a product and a sum each rounded, is generic. The last two
+    keep denormals, so they stand for kernels that flush them only as long as no product or sum is
+    one.
     """
     acc = np.zeros((a.shape[0], w.shape[0]), np.float32)
+    if instruction == "tdpbf16ps":
+        for k in range(0, a.shape[1], 32):
+            acc = tdpbf16ps(acc, a[:, None, k : k + 32], w[None, :, k : k + 32])
+        return acc
     if instruction == "vdpbf16ps":
         for k in range(0, a.shape[1], 2):
             acc = vdpbf16ps(acc, a[:, None, k : k + 2], w[None, :, k : k + 2])

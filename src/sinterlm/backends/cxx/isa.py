@@ -21,10 +21,12 @@ __all__ = [
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 
 #: Flags of each level, as both g++ and clang++ spell them.
 MACHINE_FLAGS: dict[IsaName, tuple[str, ...]] = {
-    "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512bf16": _AVX512BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": (),

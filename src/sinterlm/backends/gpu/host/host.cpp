@@ -9,6 +9,20 @@ struct sl_model {
 
 namespace slg {
 
+// Text as JSON; a path may hold anything.
+inline std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    char code[8];
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) >= 0x20)
+      out += c;
+    else
+      out += (std::snprintf(code, sizeof code, "\\u%04x", c), code);
+  }
+  return out + '"';
+}
+
 inline std::string describe(const Table& t, const Model* m) {
   std::ostringstream out;
   out << "{\"abi_version\": " << SL_ABI_VERSION << ", \"isa\": \"" << t.device
@@ -21,10 +35,11 @@ inline std::string describe(const Table& t, const Model* m) {
       << ", \"num_kv_heads\": " << t.fact("kv_heads") << ", \"head_dim\": " << t.fact("head_dim")
       << ", \"vocab_size\": " << t.fact("vocab") << "}, \"probe_bytes\": 0";
   if (m)
-    out << ", \"device\": \"" << m->driver.device() << "\", \"driver\": \"" << m->driver.version()
-        << "\", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
+    out << ", \"device\": " << quoted(m->driver.device())
+        << ", \"driver\": " << quoted(m->driver.version())
+        << ", \"workspace_bytes\": " << lay_out(*m).total << ", \"steps\": " << m->steps
         << ", \"graph_launches\": " << m->graph_launches << ", \"num_threads\": 1"
-        << ", \"vendor_gemm\": \"" << m->vendor.description() << "\"";
+        << ", \"vendor_gemm\": " << quoted(m->vendor.description());
   out << ", \"ops\": []}";
   return out.str();
 }

@@ -76,6 +76,7 @@ class PageAhead {
 
   // `stride`: bytes from column group to column group.
   PageAhead(int64_t next, int64_t stride) : next_(next), stride_(stride) {}
+  int64_t next() const { return next_; }
   PageAhead share(int i, int, int width) const {
     PageAhead mine = *this;
     mine.width_ = i == 0 && next_ != 0 ? width : 0;
@@ -115,9 +116,9 @@ inline void score_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
     const C* k = slot.page + int64_t(slot.index) * D;
     const PageAhead values{distance(slot.page, v_half<C, D>(slot.page, pages.page_tokens)),
                            int64_t(D) * kLanes * int64_t{sizeof(C)}};
-    panel_rows(rows, n / kLanes,
-               WideTile<C, PageAhead>{s.query[0], D, k, kLanes * kPair<C>, int64_t(D) * kLanes, D,
-                                      s.score[0] + j, kChunk, false, values});
+    wide_rows(rows, n / kLanes,
+              WideTile<C, PageAhead>{s.query[0], D, k, kLanes * kPair<C>, int64_t(D) * kLanes, D,
+                                     s.score[0] + j, kChunk, false, values});
     s.scales.template take<D>(j, slot, n, pages.page_tokens);
     pos += n;
   }
@@ -165,9 +166,17 @@ inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
       next = distance(v, later.page + int64_t(later.index) * D);
     }
     const PageAhead keys_ahead{next, int64_t{kLanes} * P * int64_t{sizeof(C)}};
-    panel_rows(rows, D / kLanes,
-               WideTile<C, PageAhead>{s.prob[0] + (pos - keys.base), kChunk, v, D * P, kLanes * P,
-                                      round_up(n, P), s.part[0], D, more, keys_ahead});
+    const WideTile<C, PageAhead> tile{s.prob[0] + (pos - keys.base),
+                                      kChunk,
+                                      v,
+                                      D * P,
+                                      kLanes * P,
+                                      round_up(n, P),
+                                      s.part[0],
+                                      D,
+                                      more,
+                                      keys_ahead};
+    wide_rows(rows, D / kLanes, tile, kLanes);  // blocks that begin and end with any page
     more = true;
     pos += n;
   }

@@ -1,6 +1,7 @@
 // Whether this CPU and its operating system run what this library was compiled to.
 #pragma once
 #include "sinterlm/simd.h"
+#include "sinterlm/tile_state.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -17,14 +18,17 @@ inline const char* missing_feature() {
     int leaf, subleaf, reg, bit;  // reg: 0 = eax, 1 = ebx, 2 = ecx
   };
   static constexpr Feature kFeatures[] = {
-      {"fma", 1, 0, 2, 12},         {"f16c", 1, 0, 2, 29},
-      {"avx2", 7, 0, 1, 5},         {"bmi2", 7, 0, 1, 8},
+      {"fma", 1, 0, 2, 12},         {"f16c", 1, 0, 2, 29},       {"avx2", 7, 0, 1, 5},
+      {"bmi2", 7, 0, 1, 8},
 #if defined(SL_ISA_AVX512) || defined(SL_ISA_AVX512BF16)
-      {"avx512f", 7, 0, 1, 16},     {"avx512dq", 7, 0, 1, 17},
-      {"avx512bw", 7, 0, 1, 30},    {"avx512vl", 7, 0, 1, 31},
+      {"avx512f", 7, 0, 1, 16},     {"avx512dq", 7, 0, 1, 17},   {"avx512bw", 7, 0, 1, 30},
+      {"avx512vl", 7, 0, 1, 31},
 #endif
 #if defined(SL_ISA_AVX512BF16)
       {"avx512_vnni", 7, 0, 2, 11}, {"avx512_bf16", 7, 1, 0, 5},
+#endif
+#if defined(SL_ISA_AMX)
+      {"amx_tile", 7, 0, 3, 24},    {"amx_bf16", 7, 0, 3, 22},   {"amx_int8", 7, 0, 3, 25},
 #endif
   };
   unsigned r[4];
@@ -37,10 +41,13 @@ inline const char* missing_feature() {
   }
 #if defined(SL_ISA_AVX2)
   constexpr unsigned kSaved = 0x6;  // the system saves xmm and ymm
+#elif defined(SL_ISA_AMX)
+  constexpr unsigned kSaved = 0x600e6;  // and tiles
 #else
   constexpr unsigned kSaved = 0xe6;  // and mask registers and zmm
 #endif
-  return (low & kSaved) == kSaved ? nullptr : "register state kept by the operating system";
+  if ((low & kSaved) != kSaved) return "register state kept by the operating system";
+  return may_use_tiles() ? nullptr : "the operating system's permission to use AMX";
 }
 
 #else

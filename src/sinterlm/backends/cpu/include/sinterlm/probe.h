@@ -72,6 +72,21 @@ int spin_tile(int rounds, const char* operands) {
   return total;
 }
 
+// Rounds of the products that a format is made of, and the flops of one.
+template <class F>
+struct Spin {
+  using D = DotOf<F>;
+  static constexpr int kFlops = D::kFlops * D::kSums;
+  static int run(int rounds, const char* operands) { return spin_tile<D>(rounds, operands); }
+};
+#if defined(SL_ISA_AMX)
+template <>
+struct Spin<Wide<bf16>> {
+  static constexpr int kFlops = 4 * 2 * kTileRows * kLanes * kTileDepth;
+  static int run(int rounds, const char* operands) { return spin_tiles(rounds, operands); }
+};
+#endif
+
 // Runs pass(worker) three times or more for about `seconds`; the shortest, in ns.
 template <class Pass>
 int64_t best_of(Pool& pool, double seconds, Pass&& pass) {
@@ -112,14 +127,13 @@ sl_status probe(Model& m, double seconds, double* gflops, double* gbytes) {
     });
   });
   constexpr int kRounds = 1 << 16;
-  using D = DotOf<F>;
   alignas(64) const char operands[kSpinBytes] = {};
   const int64_t dot_ns = best_of(*m.pool, seconds / 2, [&](Worker& w) {
-    sink[w.id * 16] += static_cast<float>(spin_tile<D>(kRounds, operands));
+    sink[w.id * 16] += static_cast<float>(Spin<F>::run(kRounds, operands));
   });
   volatile float keep = 0;
   for (float v : sink) keep = keep + v;
-  const double flops = double{D::kFlops} * kRounds * D::kSums * m.pool->count();
+  const double flops = double{Spin<F>::kFlops} * kRounds * m.pool->count();
   *gbytes = static_cast<double>(pieces * piece) / static_cast<double>(read_ns);
   *gflops = flops / static_cast<double>(dot_ns);
   return SL_OK;

@@ -1,8 +1,8 @@
 // One logical vector of 16 floats per ISA level, and the few operations that kernels need of it.
 //
-// Every level gives the same meaning; only dot products differ in their last bits (AVX512_BF16
-// rounds after each of its two products, the others use fma, generic a product and a sum), which
-// is why results are promised per ISA level. Kernels never name an instruction.
+// Every level gives the same meaning; only dot products differ in their last bits (AMX adds blocks
+// of 32 products, AVX512_BF16 rounds after each of its two, the others use fma, generic a product
+// and a sum), which is why results are promised per ISA level. Kernels never name an instruction.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,11 @@
 
 #include "sinterlm/args.h"
 
-#if defined(SL_ISA_AVX512BF16)
+#if defined(SL_ISA_AMX)
+#define SL_ISA_NAME "amx"
+#define SL_ISA_AVX512BF16 1  // and tiles
+#include "sinterlm/simd_avx512.h"
+#elif defined(SL_ISA_AVX512BF16)
 #define SL_ISA_NAME "avx512bf16"
 #include "sinterlm/simd_avx512.h"
 #elif defined(SL_ISA_AVX512)
@@ -23,7 +27,7 @@
 #define SL_ISA_NAME "generic"
 #include "sinterlm/simd_generic.h"
 #else
-#error "define one of SL_ISA_AVX512BF16, SL_ISA_AVX512, SL_ISA_AVX2, SL_ISA_GENERIC"
+#error "define one of SL_ISA_AMX, SL_ISA_AVX512BF16, SL_ISA_AVX512, SL_ISA_AVX2, SL_ISA_GENERIC"
 #endif
 
 namespace sl {
@@ -61,6 +65,16 @@ SL_INLINE void store_elems(float* p, Vec v) { store(p, v); }
 // panels hold it, else the same numbers in fp32. Codes meet fp32 at every level.
 template <class E>
 using Operand = std::conditional_t<kBf16Dots && std::is_same_v<E, bf16>, bf16, float>;
+
+// Whether panels of E are multiplied in tiles, of so many k: see tile_amx.h.
+constexpr int kTileDepth = 32;
+#if defined(SL_ISA_AMX)
+template <class E>
+constexpr bool kInTiles = std::is_same_v<E, bf16>;
+#else
+template <class E>
+constexpr bool kInTiles = false;
+#endif
 
 // 16 numbers of E as operands O.
 template <class O, class E>

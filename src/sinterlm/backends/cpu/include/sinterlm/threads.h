@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "sinterlm/arena.h"
+#include "sinterlm/tile_state.h"
 
 namespace sl {
 
@@ -217,7 +218,7 @@ class Pool {
         seats_(threads),
         pid_(getpid()) {
     team_.spin_ns = spin_time(threads);
-    ok_ = scratch_ && team_.shared;
+    ok_ = scratch_ && team_.shared && may_use_tiles();
     if (cpu_ids_[0] >= 0 && !PinnedCaller(cpu_ids_[0]).on_cpu()) refuse(cpu_ids_[0]);
     for (int i = 0; i < threads; ++i) seats_[i] = {this, i};
     threads_.reserve(threads);
@@ -255,6 +256,7 @@ class Pool {
 
   void work(int id) {
     const FloatState state;
+    const TileState tiles;
     char* scratch = static_cast<char*>(scratch_.data()) + kScratchBytes * id;
     Worker w{id, team_.count, scratch, kScratchBytes, &team_};
     job_(job_arg_, w);

@@ -99,19 +99,28 @@ struct CodedTile {
                        const uint8_t* tail, int col) const {
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
-      const Vec weight_scale = F::scales(tail, col + j * kLanes);
+      const Scales scales(tail, col + j * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec act = set1(act_scale(r0 + r, k));
-        Vec v = fma(to_floats(dot[r][j]), mul(weight_scale, act), total[r][j]);
-        if constexpr (F::kOffsets) {
-          const Vec codes = set1(static_cast<float>(sum(r0 + r, k)));
-          v = fma(mul(F::offsets(tail, col + j * kLanes), act), codes, v);
-        }
-        total[r][j] = v;
-      }
+      for (int r = 0; r < R; ++r)
+        total[r][j] = scales.add(total[r][j], to_floats(dot[r][j]), set1(act_scale(r0 + r, k)),
+                                 F::kOffsets ? sum(r0 + r, k) : 0);
     }
   }
+
+  // Of 16 columns of weights.
+  struct Scales {
+    Vec scale, offset;
+    Scales() = default;
+    SL_MEMBER Scales(const uint8_t* tail, int col) : scale(F::scales(tail, col)) {
+      if constexpr (F::kOffsets) offset = F::offsets(tail, col);
+    }
+    // total + the dot products of a row and block with this scale and sum of codes.
+    SL_MEMBER Vec add(Vec total, Vec dot, Vec act, int32_t codes) const {
+      const Vec v = fma(dot, mul(scale, act), total);
+      if constexpr (F::kOffsets) return fma(mul(offset, act), set1(static_cast<float>(codes)), v);
+      return v;
+    }
+  };
 };
 
 }  // namespace sl

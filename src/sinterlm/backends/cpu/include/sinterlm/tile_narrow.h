@@ -5,6 +5,9 @@
 #pragma once
 #include "sinterlm/ready.h"
 #include "sinterlm/tile_coded.h"
+#if defined(SL_ISA_AMX)
+#include "sinterlm/tile_amx_coded.h"
+#endif
 
 namespace sl {
 
@@ -179,6 +182,9 @@ template <int Bits, int Group, bool Offsets, int ActGroup>
 inline void multiply(Coded<Bits, Group, Offsets, ActGroup>, int rows, int cols, const PanelPiece& p,
                      void* scratch) {
   using F = Coded<Bits, Group, Offsets, ActGroup>;
+#if defined(SL_ISA_AMX)
+  if (rows >= kCodeTilesFrom) return multiply_coded_tiles<F>(rows, cols, p);
+#endif
   if constexpr (kFewRegisters)
     multiply_narrow<F>(rows, cols, p, scratch);
   else

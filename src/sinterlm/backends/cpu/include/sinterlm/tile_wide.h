@@ -4,6 +4,9 @@
 
 #include "sinterlm/cut.h"
 #include "sinterlm/ready.h"
+#if defined(SL_ISA_AMX)
+#include "sinterlm/tile_amx.h"
+#endif
 
 namespace sl {
 
@@ -19,6 +22,7 @@ class Ahead {
   static constexpr int kTurn = 64;  // k
 
   explicit Ahead(int64_t next) : next_(next) {}
+  int64_t next() const { return next_; }
   // For tile i of those that walk the same lines.
   Ahead share(int i, int tiles, int width) const {
     Ahead mine(next_);
@@ -53,6 +57,7 @@ class Ahead {
 // For what lies in a cache.
 struct NothingAhead {
   static constexpr int kTurn = 1 << 30;
+  int64_t next() const { return 0; }
   NothingAhead share(int, int, int) const { return {}; }
   SL_MEMBER void turn() {}
   SL_MEMBER void ask(const void*) const {}
@@ -167,6 +172,20 @@ struct WideTile {
   }
 };
 
+// c (+)= a * b of a tile, any rows and columns of 16. Where k are summed in blocks, they are blocks
+// of `depth`.
+template <class E, class A>
+inline void wide_rows(int rows, int cols, const WideTile<E, A>& t, int depth = kTileDepth) {
+#if defined(SL_ISA_AMX)
+  if constexpr (kInTiles<E>) {
+    const TileWalk walk{t.a,   t.lda,        t.b,           t.k_step, t.col_step, t.c,
+                        t.ldc, t.accumulate, t.next.next(), depth,    0};
+    return multiply_tiles(rows, cols, walk, t.K);
+  }
+#endif
+  panel_rows(rows, cols, t);
+}
+
 // Rows times k in [k, k + depth) of one panel, from column `col` on: what one pass computes.
 struct PanelPiece {
   const char* a;  // row 0 of the operand
@@ -205,7 +224,7 @@ inline void multiply_panel(int rows, int cols, const E* a, WideTile<E, Ahead> t,
     t.K = static_cast<int>(kMade ? std::min<int64_t>(kOperandDepth, K - k) : K);
     t.lda = pitch;
     t.a = operands(rows, a + k, t.K, &t.lda, static_cast<float*>(scratch));
-    panel_rows(rows, cols, t);
+    wide_rows(rows, cols, t);
     t.b += t.K / kPair<E> * t.k_step;
     t.accumulate = true;
   }
