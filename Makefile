@@ -26,8 +26,9 @@ FULL_ENGINES ?= $(BENCH_ENGINES) sinterlm:int8 llama.cpp:q8_0
 BENCH_SHORT := --waves 1 --input-len 64 --output-len 32
 BENCH_ARGS ?=
 ENGINES_DIR ?= $(BENCH)/engines
-# vLLM uses zentorch where the processor has AVX-512, and nowhere else.
-VLLM := $(if $(shell grep -m1 avx512 /proc/cpuinfo 2>/dev/null),vllm+zentorch,vllm)
+# vLLM is faster with zentorch where the processor has AVX-512, and without where it has AMX.
+VLLM := $(shell if grep -qm1 amx_bf16 /proc/cpuinfo 2>/dev/null; then echo vllm; \
+  elif grep -qm1 avx512 /proc/cpuinfo 2>/dev/null; then echo vllm+zentorch; else echo vllm; fi)
 comma := ,
 CXX_FILES = $(shell find src tests -name '*.h' -o -name '*.cpp')
 

@@ -150,10 +150,15 @@ inline void softmax_row(AttentionScratch<C, D>& s, int r, const KeyRange& keys, 
   s.part_sum[r] = reduce_add(sum);
 }
 
-// part[r] = sum of prob[r][j] * v_(base + j); the sequence's keys that may be seen end at `end`.
+// Keys that are read after a chunk: [first, end) of one sequence and head.
+struct NextKeys {
+  int seq, kv_head, first, end;
+};
+
+// part[r] = sum of prob[r][j] * v_(base + j).
 template <class C, int D>
 inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, const Pages<C>& pages,
-                        const QueryBlock& q, const KeyRange& keys, int end) {
+                        const QueryBlock& q, const KeyRange& keys, const NextKeys& then) {
   constexpr int P = kPair<C>;
   bool more = false;
   for (int pos = keys.first; pos < keys.last;) {
@@ -161,8 +166,8 @@ inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
     const int n = std::min(keys.last - pos, pages.page_tokens - slot.index);
     const C* v = v_half<C, D>(slot.page, pages.page_tokens) + int64_t(slot.index) * D;
     int64_t next = 0;
-    if (pos + kChunk < end) {
-      const Slot<C> later = find_slot(b, pages, q.seq, pos + kChunk, q.kv_head);
+    if (const int at = then.first + pos - keys.first; at < then.end) {
+      const Slot<C> later = find_slot(b, pages, then.seq, at, then.kv_head);
       next = distance(v, later.page + int64_t(later.index) * D);
     }
     const PageAhead keys_ahead{next, int64_t{kLanes} * P * int64_t{sizeof(C)}};
@@ -223,18 +228,30 @@ inline void load_query(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next
   }
 }
 
-// One chunk of one block: leaves part, part_max, part_sum of every row.
+// Those that some row of the block may see of the chunk at `base`.
+inline KeyRange keys_of(const ChunkRange& range, int base) {
+  return {base, std::max(base, range.start / kLanes * kLanes), std::min(base + kChunk, range.end)};
+}
+
+// One chunk of one block: leaves part, part_max, part_sum of every row. After the block's last one
+// the keys of `later`, if any, are read.
 template <class E, class C, int D, class Next>
 inline void attend_chunk(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next>& p,
-                         const QueryBlock& q, const ChunkRange& range, int base) {
-  const KeyRange keys{base, std::max(base, range.start / kLanes * kLanes),
-                      std::min(base + kChunk, range.end)};
+                         const QueryBlock& q, const ChunkRange& range, int base,
+                         const QueryBlock* later = nullptr) {
+  const KeyRange keys = keys_of(range, base);
+  NextKeys then{q.seq, q.kv_head, base + kChunk, range.end};
+  if (later && base + kChunk >= range.last) {
+    const ChunkRange next = chunks_of(*later, p.window);
+    const KeyRange first = keys_of(next, next.first);
+    then = {later->seq, later->kv_head, first.first, first.last};
+  }
   score_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
   for (int r = 0; r < q.rows(); ++r) {
     const int pos = q.row_position(r);
     softmax_row(s, r, keys, p.window > 0 ? pos - p.window + 1 : 0, pos + 1, p.scale);
   }
-  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys, range.last);
+  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys, then);
 }
 
 template <class C, int D>
@@ -270,7 +287,10 @@ class Blocks {
   // From the back, so that blocks with long contexts start first and workers finish together.
   QueryBlock operator[](int item) const {
     int block = blocks_ - 1 - item / Hkv_, seq = 0;
-    while (block >= in_seq(seq)) block -= in_seq(seq++);
+    if (blocks_ == batch_.num_seqs)
+      std::swap(block, seq);  // one of each
+    else
+      while (block >= in_seq(seq)) block -= in_seq(seq++);
     const int first = batch_.query_start[seq], len = batch_.query_start[seq + 1] - first;
     const int t0 = block * tokens_, n = std::min(tokens_, len - t0);
     return {seq, item % Hkv_, first + t0, n, G_, batch_.context_lens[seq] - len + t0};
@@ -338,13 +358,18 @@ void attend_split(Worker& w, const AttentionArgs<E, C, Next>& p, const Blocks& b
 template <class E, int D, class C, class Next>
 void attend_blocks(Worker& w, const AttentionArgs<E, C, Next>& p, const Blocks& blocks) {
   auto& s = *static_cast<AttentionScratch<C, D>*>(w.scratch);
+  int next_item = -1;
+  QueryBlock next;
   w.for_each(blocks.items(), [&](int item) {
-    const QueryBlock q = blocks[item];
+    const QueryBlock q = item == next_item ? next : blocks[item];
+    next_item = item + 1;
+    const bool more = next_item < blocks.items();
+    if (more) next = blocks[next_item];  // most likely ours, too
     const ChunkRange range = chunks_of(q, p.window);
     load_query(s, p, q);
     start_rows(s, q.rows());
     for (int base = range.first; base < range.last; base += kChunk) {
-      attend_chunk(s, p, q, range, base);
+      attend_chunk(s, p, q, range, base, more ? &next : nullptr);
       for (int r = 0; r < q.rows(); ++r) merge_row(s, r, {s.part[r], s.part_max[r], s.part_sum[r]});
     }
     store_rows(s, p, q);

@@ -188,7 +188,9 @@ inline void walk_rows(int rows, int cols, const TileWalk& walk) {
 // c[rows][ldc] (+)= a[rows][lda] times K k (even) of `cols` x 16 columns, in blocks of w.depth (up
 // to 32).
 inline void multiply_tiles(int rows, int cols, const TileWalk& w, int K) {
-  for (int j = 0; j < cols; j += 4) {
+  // Few rows wait for memory, which is quickest in its own order: keys lie column after column.
+  const int wide = rows <= kTileRows && w.k_step < w.col_step ? 1 : 4;
+  for (int j = 0; j < cols; j += wide) {
     TileWalk walk = w;
     walk.b += j * w.col_step;
     walk.c += j * kLanes;
@@ -198,7 +200,7 @@ inline void multiply_tiles(int rows, int cols, const TileWalk& w, int K) {
       if (rows == 1) walk.depth = std::min(K - k, w.depth / 2);
 #endif
       walk.steps = (K - k) / walk.depth;
-      walk_rows(rows, std::min(4, cols - j), walk);
+      walk_rows(rows, std::min(wide, cols - j), walk);
       walk.a += walk.depth * walk.steps;
       walk.b += walk.depth * walk.steps / 2 * w.k_step;
       walk.accumulate = true;

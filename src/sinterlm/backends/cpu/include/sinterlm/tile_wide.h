@@ -235,9 +235,11 @@ inline void multiply(Wide<E>, int rows, int cols, const PanelPiece& p, void* scr
   constexpr int P = kPair<E>;
   const E* b = reinterpret_cast<const E*>(p.panel) + int64_t(p.k) * kPanelCols + p.col * P;
   const E* a = reinterpret_cast<const E*>(p.a) + p.k;
+  // Tiles ask for what lies right behind, by measurement.
+  const int64_t next = kInTiles<E> ? Wide<E>::panel_bytes(p.depth) : p.next;
   multiply_panel(rows, cols, a,
                  WideTile<E, Ahead>{nullptr, p.pitch / int64_t{sizeof(E)}, b, kPanelCols * P,
-                                    kLanes * P, p.depth, p.c, p.ldc, p.k > 0, Ahead(p.next)},
+                                    kLanes * P, p.depth, p.c, p.ldc, p.k > 0, Ahead(next)},
                  scratch);
 }
 
