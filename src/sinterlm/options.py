@@ -86,7 +86,8 @@ class EngineOptions:
     max_model_len: int | None = None  #: tokens; None = the bundle's
     max_num_seqs: int = 64  #: sequences per step
     max_num_batched_tokens: int = 512  #: token budget of one step (chunked prefill)
-    max_mixed_prefill_tokens: int = 256  #: prefill tokens of a step in which something decodes
+    #: Prefill tokens of a step in which something decodes; None = 256, or 512 with AMX.
+    max_mixed_prefill_tokens: int | None = None
     num_scheduler_steps: int = 8  #: decode steps in one native call, offline and when nothing waits
     enable_prefix_caching: bool = True  #: share the KV pages of equal beginnings
     num_speculative_tokens: int = 0  #: tokens guessed per sequence and step; 0 = no speculation

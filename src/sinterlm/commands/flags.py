@@ -55,7 +55,7 @@ HELP: dict[str, str] = {
     "max_num_seqs": "most sequences in one step",
     "max_num_batched_tokens": "most tokens in one step; longer prompts are cut into chunks",
     "max_mixed_prefill_tokens": "most prompt tokens in a step that also decodes: fewer keep the "
-    "gaps between tokens shorter, more the wait for the first",
+    "gaps between tokens shorter, more the wait for the first (default: 256, or 512 with AMX)",
     "num_scheduler_steps": "most decode steps in one native call, offline and when nothing waits",
     "enable_prefix_caching": "compute a beginning that prompts share only once (default: on)",
     "num_speculative_tokens": "tokens guessed per step from the text so far, and checked: never "

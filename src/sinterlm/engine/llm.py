@@ -77,7 +77,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = EngineOptions.max_num_seqs,
         max_num_batched_tokens: int = EngineOptions.max_num_batched_tokens,
-        max_mixed_prefill_tokens: int = EngineOptions.max_mixed_prefill_tokens,
+        max_mixed_prefill_tokens: int | None = EngineOptions.max_mixed_prefill_tokens,
         num_scheduler_steps: int = EngineOptions.num_scheduler_steps,
         enable_prefix_caching: bool = EngineOptions.enable_prefix_caching,
         num_speculative_tokens: int = EngineOptions.num_speculative_tokens,

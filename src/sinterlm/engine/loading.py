@@ -73,7 +73,7 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_sample_rows=plan.max_sample_rows,
-            max_mixed_prefill_tokens=options.max_mixed_prefill_tokens,
+            max_mixed_prefill_tokens=_mixed_prefill_tokens(bundle, options),
             num_scheduler_steps=options.num_scheduler_steps,
         ),
         num_pages=plan.num_pages,
@@ -83,6 +83,13 @@ def load_bundle(bundle: Bundle, options: EngineOptions, open_model: Callable[...
         seed=options.seed,
     )
     return Loaded(plan, tokenizer, defaults, model, engine)
+
+
+def _mixed_prefill_tokens(bundle: Bundle, options: EngineOptions) -> int:
+    """What is asked for, else what keeps a step short: with AMX a prompt takes a fraction."""
+    if options.max_mixed_prefill_tokens is not None:
+        return options.max_mixed_prefill_tokens
+    return 512 if bundle.manifest.isa == "amx" else 256
 
 
 def _device(bundle: Bundle, options: EngineOptions) -> DeviceMemory | None:
