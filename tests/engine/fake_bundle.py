@@ -25,13 +25,15 @@ class FakeBundle:
     assets: TextAssets
     max_model_len: int = 128
     has_weights: bool = True
+    isa: str = "generic"
 
     @property
     def manifest(self) -> Any:
         shape = ModelShape("Llama", vocab_size(), 8, 1, 1, 1, 8, 16)
         return SimpleNamespace(
             shape=shape, dtype="fp32", max_model_len=self.max_model_len,
-            target="cpu", kv_cache_dtype="fp32", kv_bytes_per_token=kv_token_bytes(shape, "fp32"),
+            target="cpu", isa=self.isa, kv_cache_dtype="fp32",
+            kv_bytes_per_token=kv_token_bytes(shape, "fp32"),
             weights=SimpleNamespace(nbytes=1000) if self.has_weights else None,
             ops=(OpCost("all", -1, 10**6, 0, 0, 0, 0, 0, 0),),
             constants=SimpleNamespace(windows=()),

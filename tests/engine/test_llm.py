@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,16 @@ def test_defaults_come_from_the_checkpoint() -> None:
     with load(assets) as llm:
         assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=3)
         assert len(llm.generate("a")[0].outputs[0].token_ids) <= 3
+
+
+@pytest.mark.parametrize(
+    ("isa", "asked", "expected"), [("avx512bf16", None, 256), ("amx", None, 512), ("amx", 7, 7)]
+)
+def test_prompt_tokens_beside_decodes(isa: str, asked: int | None, expected: int) -> None:
+    bundle: Any = FakeBundle(chat_assets(), isa=isa)
+    options = replace(OPTIONS, max_mixed_prefill_tokens=asked)
+    with LLM.from_bundle(bundle, options, open_model=open_fake) as llm:  # type: ignore[arg-type]
+        assert llm._engine.scheduler.limits.max_mixed_prefill_tokens == expected
 
 
 def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
