@@ -80,11 +80,15 @@ struct Spin {
   static int run(int rounds, const char* operands) { return spin_tile<D>(rounds, operands); }
 };
 #if defined(SL_ISA_AMX)
-template <>
-struct Spin<Wide<bf16>> {
-  static constexpr int kFlops = 4 * 2 * kTileRows * kLanes * kTileDepth;
-  static int run(int rounds, const char* operands) { return spin_tiles(rounds, operands); }
+template <bool kCodes>
+struct TileSpin {
+  static constexpr int kFlops = 4 * 2 * kTileRows * kLanes * (kCodes ? 2 : 1) * kTileDepth;
+  static int run(int rounds, const char* operands) { return spin_tiles<kCodes>(rounds, operands); }
 };
+template <>
+struct Spin<Wide<bf16>> : TileSpin<false> {};
+template <int Bits, int Group, bool Offsets, int ActGroup>
+struct Spin<Coded<Bits, Group, Offsets, ActGroup>> : TileSpin<true> {};
 #endif
 
 // Runs pass(worker) three times or more for about `seconds`; the shortest, in ns.

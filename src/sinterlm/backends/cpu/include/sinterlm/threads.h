@@ -218,7 +218,7 @@ class Pool {
         seats_(threads),
         pid_(getpid()) {
     team_.spin_ns = spin_time(threads);
-    ok_ = scratch_ && team_.shared && may_use_tiles();
+    ok_ = scratch_ && team_.shared && may_use_tiles();  // granted to all threads from now on
     if (cpu_ids_[0] >= 0 && !PinnedCaller(cpu_ids_[0]).on_cpu()) refuse(cpu_ids_[0]);
     for (int i = 0; i < threads; ++i) seats_[i] = {this, i};
     threads_.reserve(threads);

@@ -130,7 +130,9 @@ inline void walk_high(const TileWalk& w, TileAhead& ahead) {
 }
 #undef SL_TILE_BEGIN
 
-// As many rounds of a walk of full tiles without memory; `operands` are 1 KB of zeros.
+// As many rounds of four products of full tiles, of bf16 or of codes, without memory; `operands`
+// are 1 KB of zeros.
+template <bool kCodes>
 inline int spin_tiles(int rounds, const char* operands) {
   TileState::set({kTileRows, kTileRows, kTileDepth / 2});
   _tile_zero(0);
@@ -142,10 +144,17 @@ inline int spin_tiles(int rounds, const char* operands) {
   _tile_loadd(6, operands, 64);
   _tile_loadd(7, operands, 64);
   for (int i = 0; i < rounds; ++i) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kCodes) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   return 0;
 }
