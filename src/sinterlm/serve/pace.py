@@ -10,7 +10,7 @@ class Pace:
     """A fixed number of steps, or (``stream_interval`` None) as many as take ``PERIOD_S``.
 
     Between two calls Python runs on the CPUs that the next step needs, its own data driven out of
-    their caches by the weights: half a millisecond, which short steps notice and long ones do not.
+    their caches by the weights, which short steps notice and long ones do not.
     The number follows the call before, and is 1 where a step alone takes longer; at most ``most``.
     """
 
