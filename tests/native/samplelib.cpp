@@ -21,7 +21,7 @@ API int st_sample(int threads, const float* logits, int64_t stride, int V, const
     pool.run([&](Worker& w) {
       w.for_each(num_rows * spans, [&](int item) {
         const int row = item / spans, first = item % spans * kSpan;
-        if (sampler.is_early(row)) sampler.see(row, first, logits + row * stride + first);
+        if (sampler.is_early(row)) sampler.see(w.id, row, first, logits + row * stride + first);
       });
       w.barrier();
       sampler.scan(w);

@@ -45,8 +45,8 @@ def check_options(options: EngineOptions) -> None:
     bounds: list[tuple[str, object, int, int]] = [
         ("max_model_len", options.max_model_len, 2, 1 << 24),
         ("max_num_seqs", options.max_num_seqs, 1, 4096),
-        ("max_num_batched_tokens", options.max_num_batched_tokens, 1, 1 << 20),
-        ("max_mixed_prefill_tokens", options.max_mixed_prefill_tokens, 1, 1 << 20),
+        ("max_num_batched_tokens", options.max_num_batched_tokens, 1, 1 << 18),
+        ("max_mixed_prefill_tokens", options.max_mixed_prefill_tokens, 1, 1 << 18),
         ("num_scheduler_steps", options.num_scheduler_steps, 1, 1024),
         ("num_speculative_tokens", options.num_speculative_tokens, 0, 64),
         ("prompt_lookup_min", options.prompt_lookup_min, 1, 1 << 10),

@@ -106,6 +106,7 @@ def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:
     codes[:, : w.codes.shape[1]] = w.codes
     wide, sums = a.codes.astype(np.int64), a.sums()
     acc = np.zeros((len(wide), len(codes)), np.float32)
+    one_scale = form.group == 0 and w.offsets is None  # it meets the whole sum
     for block in range(depth // form.block):
         k = slice(block * form.block, (block + 1) * form.block)
         dot = (wide[:, k] @ (codes[:, k] - centre).T).astype(np.float32)  # exact: below 2**24
@@ -113,11 +114,12 @@ def coded_gemm(a: CodedRows, w: CodedMatrix, instruction: Instruction) -> F32:
         if group >= w.scales.shape[1]:
             break  # padding of k alone
         act = a.scales[:, [k.start // form.act_group]]
-        acc = _add(dot, w.scales[None, :, group] * act, acc, instruction)
+        scale = act if one_scale else w.scales[None, :, group] * act
+        acc = _add(dot, scale, acc, instruction)
         if w.offsets is not None:
             offsets = w.offsets[None, :, group] * act
             acc = _add(sums[:, [block]].astype(np.float32), offsets, acc, instruction)
-    return acc
+    return acc * w.scales[None, :, 0] if one_scale else acc
 
 
 def weight_only_gemm(a: NDArray[Any], w: CodedMatrix, instruction: Instruction) -> F32:

@@ -17,6 +17,7 @@
 namespace sl {
 
 constexpr int kChunk = 256;         // keys per chunk
+constexpr int kSoftmaxLines = 2;    // asked for with each 16 keys of a row
 constexpr int kAttentionRows = 48;  // query rows (tokens x heads of a group) per item
 
 // What the scores of a chunk's keys and the probabilities of its values are multiplied by.
@@ -47,6 +48,51 @@ struct ChunkScales<code8> {
   }
 };
 
+// Lines of keys and values that are read after a chunk. They are asked for a few at a time under
+// its products and its softmax, so that memory is read all the while: asked for at once they would
+// keep the products waiting, and nothing would be read under the rest.
+class LinesAhead {
+ public:
+  void clear() { count_ = at_ = 0, line_ = stop_ = nullptr; }
+  void add(const void* from, int64_t bytes) {
+    if (count_ == kMost || bytes <= 0) return;
+    pieces_[count_++] = {static_cast<const char*>(from), static_cast<const char*>(from) + bytes};
+  }
+  SL_MEMBER void ask(int lines) {
+    for (; lines > 0; --lines) {
+      if (line_ >= stop_) {
+        if (at_ == count_) return;
+        line_ = pieces_[at_].begin, stop_ = pieces_[at_++].end;
+      }
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+    }
+  }
+  void ask_rest() {
+    while (line_ < stop_ || at_ < count_) ask(1 << 10);
+  }
+
+ private:
+  static constexpr int kMost = 2 * (kChunk / 16 + 1);  // both halves of the smallest pages
+  struct Piece {
+    const char *begin, *end;
+  };
+  Piece pieces_[kMost];
+  int count_ = 0, at_ = 0;
+  const char *line_ = nullptr, *stop_ = nullptr;
+};
+
+// The same for register tiles: some with each step of the first one over the rows.
+struct KeysAhead {
+  static constexpr int kTurn = 1 << 30;
+  LinesAhead* lines;
+  int each = 2;
+  int64_t next() const { return 0; }
+  KeysAhead share(int i, int, int) const { return {lines, i == 0 ? each : 0}; }
+  SL_MEMBER void turn() {}
+  SL_MEMBER void ask(const void*) const { lines->ask(each); }
+};
+
 // One item's working set, in the worker's scratch.
 template <class C, int D>
 struct AttentionScratch {
@@ -58,6 +104,7 @@ struct AttentionScratch {
   float max[kAttentionRows], sum[kAttentionRows];
   float part_max[kAttentionRows], part_sum[kAttentionRows];
   ChunkScales<C> scales;
+  LinesAhead ahead;
 };
 
 // The query rows of one item: tokens [t0, t0 + tokens) of a sequence, all G heads of one KV head.
@@ -66,39 +113,6 @@ struct QueryBlock {
   int rows() const { return tokens * G; }
   int row_position(int r) const { return position + r / G; }
 };
-
-// What lies `next` bytes from where a tile is: keys and values are asked for under the products
-// before theirs, values under a chunk's scores and the next chunk's keys under its output, so that
-// memory is read while something is computed. The first tile over the rows asks for all.
-class PageAhead {
- public:
-  static constexpr int kTurn = 1 << 30;
-
-  // `stride`: bytes from column group to column group.
-  PageAhead(int64_t next, int64_t stride) : next_(next), stride_(stride) {}
-  int64_t next() const { return next_; }
-  PageAhead share(int i, int, int width) const {
-    PageAhead mine = *this;
-    mine.width_ = i == 0 && next_ != 0 ? width : 0;
-    return mine;
-  }
-  SL_MEMBER void turn() {}
-  SL_MEMBER void ask(const void* step) const {
-    constexpr int kLine = 64;
-    if (reinterpret_cast<uintptr_t>(step) % kLine != 0) return;  // a line of codes is several steps
-    for (int j = 0; j < width_; ++j)
-      __builtin_prefetch(static_cast<const char*>(step) + next_ + j * stride_, 0, 2);
-  }
-
- private:
-  int64_t next_, stride_;
-  int width_ = 0;
-};
-
-// Bytes from one place in the pages to another.
-inline int64_t distance(const void* from, const void* to) {
-  return static_cast<const char*>(to) - static_cast<const char*>(from);
-}
 
 // Keys of one chunk that some row of the block may see: [first, last), first a multiple of 16.
 struct KeyRange {
@@ -114,11 +128,17 @@ inline void score_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
     const int left = round_up(keys.last - pos, kLanes), j = pos - keys.base;
     const int n = std::min(left, pages.page_tokens - slot.index);
     const C* k = slot.page + int64_t(slot.index) * D;
-    const PageAhead values{distance(slot.page, v_half<C, D>(slot.page, pages.page_tokens)),
-                           int64_t(D) * kLanes * int64_t{sizeof(C)}};
     wide_rows(rows, n / kLanes,
-              WideTile<C, PageAhead>{s.query[0], D, k, kLanes * kPair<C>, int64_t(D) * kLanes, D,
-                                     s.score[0] + j, kChunk, false, values});
+              WideTile<C, KeysAhead>{s.query[0],
+                                     D,
+                                     k,
+                                     kLanes * kPair<C>,
+                                     int64_t(D) * kLanes,
+                                     D,
+                                     s.score[0] + j,
+                                     kChunk,
+                                     false,
+                                     {&s.ahead}});
     s.scales.template take<D>(j, slot, n, pages.page_tokens);
     pos += n;
   }
@@ -137,6 +157,7 @@ inline void softmax_row(AttentionScratch<C, D>& s, int r, const KeyRange& keys, 
     const Vec v = keep_lanes(scaled, see_first - at, see_last - at, none);
     store(s.score[r] + j, v);
     top = max(v, top);
+    s.ahead.ask(kSoftmaxLines);
   }
   const float m = reduce_max(top);
   Vec sum = zero();
@@ -145,33 +166,23 @@ inline void softmax_row(AttentionScratch<C, D>& s, int r, const KeyRange& keys, 
     sum = add(sum, p);
     const int at = keys.base + j;
     round_operands<C>(s.prob[r] + j, s.scales.prob(j, p, see_first - at, see_last - at));
+    s.ahead.ask(kSoftmaxLines);
   }
   s.part_max[r] = m;
   s.part_sum[r] = reduce_add(sum);
 }
 
-// Keys that are read after a chunk: [first, end) of one sequence and head.
-struct NextKeys {
-  int seq, kv_head, first, end;
-};
-
 // part[r] = sum of prob[r][j] * v_(base + j).
 template <class C, int D>
 inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, const Pages<C>& pages,
-                        const QueryBlock& q, const KeyRange& keys, const NextKeys& then) {
+                        const QueryBlock& q, const KeyRange& keys) {
   constexpr int P = kPair<C>;
   bool more = false;
   for (int pos = keys.first; pos < keys.last;) {
     const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
     const int n = std::min(keys.last - pos, pages.page_tokens - slot.index);
     const C* v = v_half<C, D>(slot.page, pages.page_tokens) + int64_t(slot.index) * D;
-    int64_t next = 0;
-    if (const int at = then.first + pos - keys.first; at < then.end) {
-      const Slot<C> later = find_slot(b, pages, then.seq, at, then.kv_head);
-      next = distance(v, later.page + int64_t(later.index) * D);
-    }
-    const PageAhead keys_ahead{next, int64_t{kLanes} * P * int64_t{sizeof(C)}};
-    const WideTile<C, PageAhead> tile{s.prob[0] + (pos - keys.base),
+    const WideTile<C, KeysAhead> tile{s.prob[0] + (pos - keys.base),
                                       kChunk,
                                       v,
                                       D * P,
@@ -180,7 +191,7 @@ inline void weigh_chunk(AttentionScratch<C, D>& s, int rows, const Batch& b, con
                                       s.part[0],
                                       D,
                                       more,
-                                      keys_ahead};
+                                      {&s.ahead}};
     wide_rows(rows, D / kLanes, tile, kLanes);  // blocks that begin and end with any page
     more = true;
     pos += n;
@@ -197,6 +208,12 @@ struct Part {
 template <class C, int D>
 inline void merge_row(AttentionScratch<C, D>& s, int r, const Part& part) {
   if (part.max == -INFINITY) return;
+  if (s.max[r] == -INFINITY) {
+    s.max[r] = part.max;
+    s.sum[r] = part.sum;
+    std::memcpy(s.out[r], part.out, sizeof s.out[r]);
+    return;
+  }
   const float m = s.max[r] > part.max ? s.max[r] : part.max;
   float pair[kLanes] = {s.max[r] - m, part.max - m};
   store(pair, exp(load(pair)));
@@ -233,6 +250,23 @@ inline KeyRange keys_of(const ChunkRange& range, int base) {
   return {base, std::max(base, range.start / kLanes * kLanes), std::min(base + kChunk, range.end)};
 }
 
+// Will ask for keys [first, end) of a sequence and head, then for their values.
+template <class C, int D>
+inline void look_ahead(LinesAhead& ahead, const Batch& b, const Pages<C>& pages,
+                       const QueryBlock& q, int first, int end) {
+  const auto pieces = [&](bool values) {
+    for (int pos = first; pos < end;) {
+      const Slot<C> slot = find_slot(b, pages, q.seq, pos, q.kv_head);
+      const int n = std::min(end - pos, pages.page_tokens - slot.index);
+      const C* half = values ? v_half<C, D>(slot.page, pages.page_tokens) : slot.page;
+      ahead.add(half + int64_t(slot.index) * D, int64_t(n) * D * int64_t{sizeof(C)});
+      pos += n;
+    }
+  };
+  pieces(false);
+  pieces(true);
+}
+
 // One chunk of one block: leaves part, part_max, part_sum of every row. After the block's last one
 // the keys of `later`, if any, are read.
 template <class E, class C, int D, class Next>
@@ -240,18 +274,22 @@ inline void attend_chunk(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Ne
                          const QueryBlock& q, const ChunkRange& range, int base,
                          const QueryBlock* later = nullptr) {
   const KeyRange keys = keys_of(range, base);
-  NextKeys then{q.seq, q.kv_head, base + kChunk, range.end};
-  if (later && base + kChunk >= range.last) {
-    const ChunkRange next = chunks_of(*later, p.window);
-    const KeyRange first = keys_of(next, next.first);
-    then = {later->seq, later->kv_head, first.first, first.last};
+  s.ahead.clear();
+  if (base + kChunk < range.last) {
+    const KeyRange next = keys_of(range, base + kChunk);
+    look_ahead<C, D>(s.ahead, *p.batch, p.pages, q, next.first, next.last);
+  } else if (later) {
+    const ChunkRange chunks = chunks_of(*later, p.window);
+    const KeyRange next = keys_of(chunks, chunks.first);
+    look_ahead<C, D>(s.ahead, *p.batch, p.pages, *later, next.first, next.last);
   }
   score_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
   for (int r = 0; r < q.rows(); ++r) {
     const int pos = q.row_position(r);
     softmax_row(s, r, keys, p.window > 0 ? pos - p.window + 1 : 0, pos + 1, p.scale);
   }
-  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys, then);
+  weigh_chunk(s, q.rows(), *p.batch, p.pages, q, keys);
+  s.ahead.ask_rest();
 }
 
 template <class C, int D>

@@ -19,14 +19,14 @@ void gather_rows(Worker& w, const LmHeadArgs<F>& p) {
 // are written too and never read.
 template <class F>
 void lm_head(Worker& w, const LmHeadArgs<F>& p) {
-  float* rstd = static_cast<float*>(w.scratch) + kRowBlock * kPanelCols;
+  float* rstd = row_floats(w);
   for (int r = 0; r < p.num_rows; ++r) rstd[r] = row_rstd(p.ssq, p.rows[r], p.Hp, p.H, p.eps);
   const auto finish = [&](int r, int c0, int, float* c) {
     const bool early = p.sampler && p.sampler->is_early(r);
     float* out = early ? c : p.logits + int64_t(r) * p.Vp + c0;
     const Vec scale = set1(rstd[r]);
     for (int i = 0; i < kPanelCols; i += kLanes) store(out + i, mul(load(c + i), scale));
-    if (early) p.sampler->see(r, c0, out);
+    if (early) p.sampler->see(w.id, r, c0, out);
   };
   matmul<F>(w, p.gathered, p.num_rows, p.weight, p.Hp, p.Vp, kPanelCols, finish);
 }

@@ -134,18 +134,20 @@ inline float max_finite(const float* x, int n, bool* finite) {
     top = max(v, top);
     good &= (I)(v - v == 0.0f);
   }
-  float best = -INFINITY;
-  bool ok = true;
-  for (int j = 0; j < W; ++j) {
-    if (top[j] > best) best = top[j];
-    ok = ok && good[j];
-  }
+  float lane[W];  // halves, quarters, pairs: no branch, and no chain of W
+  store(lane, top);
+  for (int m = W / 2; m > 0; m /= 2)
+    for (int j = 0; j < m; ++j) lane[j] = lane[j] > lane[j + m] ? lane[j] : lane[j + m];
+  uint64_t pair[W / 2], all_good = ~uint64_t{0};
+  std::memcpy(pair, &good, sizeof pair);
+  for (uint64_t p : pair) all_good &= p;
+  bool ok = all_good == ~uint64_t{0};
   for (; i < n; ++i) {
-    if (x[i] > best) best = x[i];
+    if (x[i] > lane[0]) lane[0] = x[i];
     ok = ok && x[i] - x[i] == 0.0f;
   }
   *finite = ok;
-  return best;
+  return lane[0];
 }
 
 // First i with x[i] == value; n when there is none.

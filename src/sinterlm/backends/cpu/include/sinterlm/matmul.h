@@ -50,9 +50,24 @@ inline float row_rstd(const float* ssq, int t, int Hp, int H, float eps) {
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(H) + eps);
 }
 
-// Where this worker keeps a piece of a panel that has to be unpacked.
+// What an op keeps in its worker's scratch beside the sums of an item, which begin it: a float for
+// each row of a step, and a piece of a panel that has to be unpacked.
+constexpr int kMaxRows = 1 << 18;
+constexpr size_t kSumsBytes = size_t{512} << 10, kRowFloatsBytes = kMaxRows * sizeof(float);
+static_assert(kSumsBytes + kRowFloatsBytes + kPieceBytes <= kScratchBytes);
+inline float* row_floats(const Worker& w) {
+  return reinterpret_cast<float*>(static_cast<char*>(w.scratch) + kSumsBytes);
+}
 inline void* panel_scratch(const Worker& w) {
   return static_cast<char*>(w.scratch) + kScratchBytes - kPieceBytes;
+}
+
+// row_rstd of the step's rows, each worker its own: items of all panels need them.
+inline const float* rstd_of_rows(const Worker& w, const float* ssq, int rows, int Hp, int H,
+                                 float eps) {
+  float* rstd = row_floats(w);
+  for (int t = 0; t < rows; ++t) rstd[t] = row_rstd(ssq, t, Hp, H, eps);
+  return rstd;
 }
 
 // Runs finish(row, c0, c1, c) for each row of the items this worker claims; c holds that row's sums

@@ -10,6 +10,7 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<F, Next>& p) {
   const Cut cut(p.Fp, p.batch->num_tokens, kPanelCols, Next::kUnit, *w.team);
   float* gate = static_cast<float*>(w.scratch);
   float* up = gate + kRowBlock * kPanelCols;
+  const float* rstd = rstd_of_rows(w, p.ssq, p.batch->num_tokens, p.Hp, p.H, p.eps);
   const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
     const int g0 = c0 / kPanelCols * 2 * kPanelCols + c0 % kPanelCols;  // packed gate column
     const int u0 = g0 + kPanelCols;
@@ -20,7 +21,7 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<F, Next>& p) {
     half(g0, gate);
     half(u0, up);
     for (int i = 0; i < n; ++i) {
-      const Vec scale = set1(row_rstd(p.ssq, r + i, p.Hp, p.H, p.eps));
+      const Vec scale = set1(rstd[r + i]);
       for (int j = 0; j < c1 - c0; j += kLanes) {
         Vec g = mul(load(gate + i * kPanelCols + j), scale);
         Vec u = mul(load(up + i * kPanelCols + j), scale);

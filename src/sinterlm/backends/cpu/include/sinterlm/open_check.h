@@ -33,7 +33,7 @@ inline sl_status check_open_args(const Compiled& spec, const sl_open_args& a) {
     int32_t value, low, high;
   } ranges[] = {
       {"num_threads", a.num_threads, 1, 1024},
-      {"max_tokens", a.max_tokens, 1, 1 << 20},
+      {"max_tokens", a.max_tokens, 1, kMaxRows},
       {"max_seqs", a.max_seqs, 1, a.max_tokens},
       {"max_sample_rows", a.max_sample_rows, 1, a.max_tokens},
       {"max_model_len", a.max_model_len, 1, 1 << 24},

@@ -89,6 +89,20 @@ inline void store_v(const Slot<C>& s, const float* v, int page_tokens, bool next
   }
 }
 
+// Asks for part `i` of `n` of the lines that store_k and store_v will write a token to. A token
+// alone in its page finds none of them in cache, and one pair of K lies in each. (Inlined by force:
+// see Ahead::ask.)
+template <class C, int D>
+SL_INLINE void ask_slot(const Slot<C>& s, int page_tokens, int i, int n) {
+  constexpr int kLine = 64, P = kPair<C>;
+  const char* k = reinterpret_cast<const char*>(s.page + int64_t(s.index / kLanes) * D * kLanes);
+  const char* v = reinterpret_cast<const char*>(v_half<C, D>(s.page, page_tokens) +
+                                                int64_t(s.index / P) * D * P);
+  constexpr int kOfK = D * kLanes * int{sizeof(C)} / kLine, kOfV = D * P * int{sizeof(C)} / kLine;
+  for (int l = kOfK * i / n; l < kOfK * (i + 1) / n; ++l) __builtin_prefetch(k + l * kLine, 1, 2);
+  for (int l = kOfV * i / n; l < kOfV * (i + 1) / n; ++l) __builtin_prefetch(v + l * kLine, 1, 2);
+}
+
 // Packed head `index` is, for each kv head, its G query heads, then k, then v.
 template <class E, int D, class C, class F>
 void finish_head(const QkvArgs<E, C, F>& p, int index, int t, float* v, float rstd) {
@@ -106,12 +120,14 @@ void finish_head(const QkvArgs<E, C, F>& p, int index, int t, float* v, float rs
     if (norm) head_norm<D>(v, norm, p.qk_eps);
     rope<D>(v, p.cos + int64_t(pos) * (D / 2), p.sin + int64_t(pos) * (D / 2));
   }
+  const Slot<C> slot = find_slot(b, p.pages, seq, pos, kv_head);
   if (part < G) {
+    if (b.query_start[seq + 1] - b.query_start[seq] == 1)
+      ask_slot<C, D>(slot, p.pages.page_tokens, part, G);
     E* q = p.q + int64_t(t) * p.Qp + (kv_head * G + part) * D;
     for (int i = 0; i < D; i += kLanes) store_elems(q + i, load(v + i));
     return;
   }
-  const Slot<C> slot = find_slot(b, p.pages, seq, pos, kv_head);
   if (is_k) {
     store_k<C, D>(slot, v, p.pages.page_tokens);
   } else {
@@ -124,12 +140,12 @@ void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, C, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
   const Cut cut(heads * D, rows, D, D, *w.team);
+  const float* rstd = rstd_of_rows(w, p.ssq, rows, p.Hp, p.H, p.eps);
   const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
     columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, c0, c1, c, ld, panel_scratch(w));
   };
-  in_blocks(w, cut, D, compute, [&](int t, int c0, int, float* c) {
-    finish_head<E, D>(p, c0 / D, t, c, row_rstd(p.ssq, t, p.Hp, p.H, p.eps));
-  });
+  in_blocks(w, cut, D, compute,
+            [&](int t, int c0, int, float* c) { finish_head<E, D>(p, c0 / D, t, c, rstd[t]); });
 }
 
 }  // namespace sl

@@ -79,6 +79,7 @@ class Sampler {
   // Memory for `max_rows` rows of V logits; false when there is none.
   bool reserve(int workers, int V, int max_rows) {
     V_ = V;
+    workers_ = workers;
     blocks_ = (V + kVocabBlock - 1) / kVocabBlock;
     spans_ = (V + kSpan - 1) / kSpan;
     early_.resize(max_rows);
@@ -89,7 +90,8 @@ class Sampler {
     stats_arena_ = Arena::zeroed(sizeof(BlockStats) * blocks_ * max_rows);
     rows_arena_ = Arena::zeroed(stride_ * workers);
     spans_arena_ = Arena::zeroed(sizeof(Candidate) * spans_ * max_rows);
-    return stats_arena_ && rows_arena_ && spans_arena_;
+    floors_arena_ = Arena::zeroed(floors_bytes(max_rows) * workers);
+    return stats_arena_ && rows_arena_ && spans_arena_ && floors_arena_;
   }
 
   // Before the workers start.
@@ -103,13 +105,16 @@ class Sampler {
       early_[row] = job.draws_early && s.num_logprobs < 0 && !drawn_whole(s);
       if (!early_[row]) scanned_.push_back(row);
     }
+    for (int worker = 0; worker < workers_; ++worker)
+      std::fill_n(floors(worker), job.num_rows, -INFINITY);
   }
 
   // Whether see() draws the row, so that its logits need not be kept.
   bool is_early(int row) const { return early_[row]; }
 
-  // Logits of ids [first, first + kSpan) of an early row; `first` is a multiple of kSpan.
-  void see(int row, int first, const float* x) {
+  // Logits of ids [first, first + kSpan) of an early row; `first` is a multiple of kSpan. Of greedy
+  // rows a worker looks up where the largest stands only in spans that beat all it has seen.
+  void see(int worker, int row, int first, const float* x) {
     const int n = std::min(kSpan, V_ - first);
     if (n <= 0) return;  // columns of padding
     const sl_sampling& s = job_.rows[row];
@@ -120,7 +125,10 @@ class Sampler {
       best = {-INFINITY, kNotFinite};
     } else if (s.temperature > 0) {
       best = draw_range(x, n, first, s.temperature, GumbelNoise(s.seed, s.position));
+    } else if (float& floor = floors(worker)[row]; top < floor) {
+      best = {-INFINITY, kBeaten};
     } else {
+      floor = top;
       best = {top, first + find_first(x, n, top)};
     }
   }
@@ -168,7 +176,7 @@ class Sampler {
   int first_without_token() const { return row_or_none(none_allowed_); }
 
  private:
-  static constexpr int32_t kNotFinite = -2;
+  static constexpr int32_t kNotFinite = -2, kBeaten = -1;
 
   bool drawn_whole(const sl_sampling& s) const {
     return changes_logits(s) || (s.temperature > 0 && filters(s, V_));
@@ -259,6 +267,12 @@ class Sampler {
   Candidate* spans(int row) const {
     return static_cast<Candidate*>(spans_arena_.data()) + int64_t(row) * spans_;
   }
+  // The largest logit of each row that a worker has seen, on lines of its own.
+  static size_t floors_bytes(int rows) { return (rows * sizeof(float) + 127) / 128 * 128; }
+  float* floors(int worker) const {
+    return static_cast<float*>(floors_arena_.data()) +
+           floors_bytes(static_cast<int>(early_.size())) / sizeof(float) * worker;
+  }
   RowScratch scratch(int worker) const {
     char* p = static_cast<char*>(rows_arena_.data()) + stride_ * worker;
     const int64_t n = (V_ + 63) / 64 * 64;
@@ -267,9 +281,9 @@ class Sampler {
   }
 
   SampleJob job_{};
-  int V_ = 0, blocks_ = 0, spans_ = 0;
+  int V_ = 0, workers_ = 0, blocks_ = 0, spans_ = 0;
   size_t stride_ = 0;  // bytes of one worker's RowScratch
-  Arena stats_arena_, rows_arena_, spans_arena_;
+  Arena stats_arena_, rows_arena_, spans_arena_, floors_arena_;
   std::vector<uint8_t> early_;  // [num_rows]
   std::vector<int> scanned_;    // the other rows
   std::atomic<int> not_finite_{0}, none_allowed_{0};

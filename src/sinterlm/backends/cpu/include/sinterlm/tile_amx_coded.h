@@ -42,7 +42,8 @@ class CodesInTiles : CodedTile<F> {
 #pragma GCC unroll 4
           for (int j = 0; j < C; ++j, c += kLanes) {
             const Vec floats = to_floats((Ints)_mm512_load_si512(dot[i] + j * kLanes));
-            store(c, scales[j].add(k > 0 ? load(c) : zero(), floats, act, sum));
+            const Vec total = scales[j].add(k > 0 ? load(c) : zero(), floats, act, sum);
+            store(c, kOneScale && k + F::kBlock >= p.K ? mul(total, scales[j].scale) : total);
           }
         }
       }
@@ -50,7 +51,7 @@ class CodesInTiles : CodedTile<F> {
   }
 
  private:
-  using CodedTile<F>::p;
+  using CodedTile<F>::p, CodedTile<F>::kOneScale;
   static constexpr int kDepth = std::min(F::kBlock, 64);  // k of one instruction
   // Whether codes are multiplied as they lie; else as signed bytes less their centre, or none.
   static constexpr bool kPlain = F::kBits == 8 && F::kOffsets;

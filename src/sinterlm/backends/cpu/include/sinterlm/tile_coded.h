@@ -2,8 +2,10 @@
 //
 // Integers are summed over one block of k, at most a group of weights or of activations; then
 //   c += dot * (weight scale * activation scale)  [+ (offset * activation scale) * sum of codes]
-// in fp32, block after block. Codes are unsigned: without offsets a sum begins at -centre * (sum of
-// activation codes), so that it ends as the exact integer dot product of signed codes.
+// in fp32, block after block; where one scale is for all of k and nothing else stands beside it,
+// sums meet it once, behind the last block. Codes are unsigned: without offsets a sum begins at
+// -centre * (sum of activation codes), so that it ends as the exact integer dot product of signed
+// codes.
 #pragma once
 #include "sinterlm/tile_wide.h"
 
@@ -41,11 +43,13 @@ struct CodedTile {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) store(c + r * p.ldc + j * kLanes, total[r][j]);
+    if (kOneScale && end == p.K) scale_all(R, C, c, col);
   }
 
  protected:
   using D = Dot<F::kBits>;
   static constexpr int kSteps = F::kBlock / F::kStep;
+  static constexpr bool kOneScale = F::kGroup == 0 && !F::kOffsets;
 
   const char* row(int r) const { return p.a + r * p.pitch; }
   int32_t sum(int r, int k) const {
@@ -67,6 +71,13 @@ struct CodedTile {
     }
     const typename F::Act* a = reinterpret_cast<const typename F::Act*>(row(r0)) + k;
     const int64_t lda = p.pitch / int64_t{sizeof(typename F::Act)};
+    // Rows and one offset that the compiler knows nothing of: else g++ 12 counts each row up by
+    // itself, runs out of registers and keeps weights in memory (five rows, 8 bits: 75 % of peak
+    // instead of 84).
+    const typename F::Act* rows[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) rows[r] = a + r * lda;
+    int64_t at = 0;
     for (int run = 0; run < kSteps; run += D::kRun) {
       typename D::Sum part[R][C];
 #pragma GCC unroll 8
@@ -82,8 +93,9 @@ struct CodedTile {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int j = 0; j < C; ++j) part[r][j] = D::mac(part[r][j], a + r * lda, w[j]);
-        a += F::kStep;
+          for (int j = 0; j < C; ++j) part[r][j] = D::mac(part[r][j], rows[r] + at, w[j]);
+        at += F::kStep;
+        asm("" : "+r"(at));
         b += F::kStepBytes;
       }
 #pragma GCC unroll 8
@@ -107,6 +119,15 @@ struct CodedTile {
     }
   }
 
+  // What is left to do behind the last block, where kOneScale.
+  void scale_all(int rows, int cols, float* c, int col) const {
+    const uint8_t* tail = F::tail(reinterpret_cast<const uint8_t*>(p.panel), p.K);
+    for (int j = 0; j < cols; ++j, c += kLanes, col += kLanes) {
+      const Vec scale = F::scales(tail, col);
+      for (int r = 0; r < rows; ++r) store(c + r * p.ldc, mul(load(c + r * p.ldc), scale));
+    }
+  }
+
   // Of 16 columns of weights.
   struct Scales {
     Vec scale, offset;
@@ -114,8 +135,10 @@ struct CodedTile {
     SL_MEMBER Scales(const uint8_t* tail, int col) : scale(F::scales(tail, col)) {
       if constexpr (F::kOffsets) offset = F::offsets(tail, col);
     }
-    // total + the dot products of a row and block with this scale and sum of codes.
+    // total + the dot products of a row and block with this scale, unless it waits, and sum of
+    // codes.
     SL_MEMBER Vec add(Vec total, Vec dot, Vec act, int32_t codes) const {
+      if constexpr (kOneScale) return fma(dot, act, total);
       const Vec v = fma(dot, mul(scale, act), total);
       if constexpr (F::kOffsets) return fma(mul(offset, act), set1(static_cast<float>(codes)), v);
       return v;

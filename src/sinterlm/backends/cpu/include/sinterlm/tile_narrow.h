@@ -59,7 +59,7 @@ struct ReadyCodes {
 template <class F, class Source>
 struct NarrowTile : CodedTile<F> {
   using Shape = typename Source::Shape;
-  using CodedTile<F>::p, CodedTile<F>::row;
+  using CodedTile<F>::p, CodedTile<F>::row, CodedTile<F>::kOneScale;
   Source source;
 
   typename Source::Ahead ahead() const { return source.ahead(p); }
@@ -90,6 +90,7 @@ struct NarrowTile : CodedTile<F> {
         ahead.turn();
       }
     }
+    if (kOneScale && end == p.K) this->scale_all(R, C, c, col);
   }
 
  private:
