@@ -13,7 +13,7 @@ from sinterlm.ir.quant import CodedMatrix, GemmFormat, PanelShape
 from sinterlm.options import IsaName
 from sinterlm.passes.packing_codes import PanelWriter, rows_of
 from sinterlm.passes.quantise import quantise
-from tests.kernels.oplib import LANES, PANEL, aligned, call, lanes_first, pad, round_up
+from tests.kernels.oplib import LANES, PANEL, aligned, call, pad, round_up
 
 SOURCE = Path(__file__).with_name("optest_coded.cpp")
 
@@ -84,14 +84,14 @@ class CodedLib:
         (rows, k), h = a.shape, len(w.codes)
         kp, hp = round_up(k, PANEL), round_up(h, PANEL)
         out, xw = (np.full((rows, hp), np.nan, np.float32) for _ in range(2))
-        ssq = np.full((hp // LANES, rows), np.nan, np.float32)
+        ssq = np.full((rows, hp // LANES), np.nan, np.float32)
         panels = packed(FORMATS[number], kp, hp, (0, w))
         call(
             self.lib.oc_residual, number, threads, rows, kp, hp, pad(a, kp), panels,
             None if bias is None else pad(bias, hp), pad(norm, hp), pad(x, hp), out, xw, ssq,
         )  # fmt: skip
         assert not out[np.isfinite(a).all(axis=1), h:].any()
-        return out[:, :h], xw[:, :h], ssq.T
+        return out[:, :h], xw[:, :h], ssq
 
     def gate_up(
         self, number: int, xw: Array, gate: CodedMatrix, up: CodedMatrix, ssq: Array, eps: float, *,
@@ -108,8 +108,8 @@ class CodedLib:
         panels = packed(FORMATS[number], hp, 2 * fp, *parts)
         out = np.full((rows, fp), np.nan, np.float32)
         call(
-            self.lib.oc_gate_up, number, threads, rows, h, hp, fp, pad(xw, hp), lanes_first(ssq),
-            panels, None, float(eps), out,
+            self.lib.oc_gate_up, number, threads, rows, h, hp, fp, pad(xw, hp), ssq, panels, None,
+            float(eps), out,
         )  # fmt: skip
         assert not out[:, f:].any()
         return out[:, :f]
@@ -124,8 +124,8 @@ class CodedLib:
         logits = np.full((len(rows), vp), np.nan, np.float32)
         call(
             self.lib.oc_lm_head, number, threads, len(xw), len(rows), h, hp, v, vp, pad(xw, hp),
-            lanes_first(ssq), np.asarray(rows, np.int32), packed(FORMATS[number], hp, vp, (0, w)),
-            float(eps), logits,
+            ssq, np.asarray(rows, np.int32), packed(FORMATS[number], hp, vp, (0, w)), float(eps),
+            logits,
         )  # fmt: skip
         return logits[:, :v]
 
@@ -136,10 +136,10 @@ class CodedLib:
         h = table.codes.shape[1]
         hp = round_up(h, PANEL)
         x, xw = (np.full((len(ids), hp), np.nan, np.float32) for _ in range(2))
-        ssq = np.full((hp // LANES, len(ids)), np.nan, np.float32)
+        ssq = np.full((len(ids), hp // LANES), np.nan, np.float32)
         call(
             self.lib.oc_embed, number, threads, len(ids), np.asarray(ids, np.int32), h, hp,
             packed(FORMATS[number], hp, len(table.codes), (0, table)), pad(norm, hp), x, xw, ssq,
         )  # fmt: skip
         assert not x[:, h:].any()
-        return x[:, :h], xw[:, :h], ssq.T
+        return x[:, :h], xw[:, :h], ssq

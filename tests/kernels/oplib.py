@@ -49,11 +49,6 @@ def floats(x: np.ndarray) -> np.ndarray:
     return from_bits(x) if x.dtype == np.uint16 else x
 
 
-def lanes_first(ssq: np.ndarray) -> np.ndarray:
-    """ssq [T, Hp/16] as kernels keep it, [Hp/16, T]."""
-    return np.ascontiguousarray(ssq.T)
-
-
 def pad(x: np.ndarray, width: int, value: float = 0.0) -> np.ndarray:
     """Last axis padded to ``width``."""
     gap = [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]
@@ -238,7 +233,7 @@ class OpLib:
         kp, hp = round_up(k, LANES), round_up(h, LANES)
         out, ssq = (
             np.full((rows, hp), np.nan, np.float32),
-            np.zeros((hp // LANES, rows), np.float32),
+            np.zeros((rows, hp // LANES), np.float32),
         )
         xw = np.zeros((rows, hp), np.uint16 if bf16 else np.float32)
         call(
@@ -248,7 +243,7 @@ class OpLib:
         )  # fmt: skip
         assert not out[:, h:].any()
         assert not floats(xw)[:, h:].any()
-        return out[:, :h], floats(xw)[:, :h], ssq.T
+        return out[:, :h], floats(xw)[:, :h], ssq
 
     def gate_up(
         self,
@@ -278,8 +273,7 @@ class OpLib:
         bias = None if gate_bias is None else interleave(gate_bias, up_bias)
         out = np.full((rows, fp), 0x7FC0, np.uint16) if bf16 else np.full((rows, fp), np.nan, "f4")
         call(
-            self.lib.ot_gate_up, int(bf16), threads, rows, h, hp, fp, elems(pad(xw, hp), bf16),
-            lanes_first(ssq),
+            self.lib.ot_gate_up, int(bf16), threads, rows, h, hp, fp, elems(pad(xw, hp), bf16), ssq,
             panels(interleave(gate, up), hp, bf16), bias, float(eps), out,
         )  # fmt: skip
         assert not floats(out)[:, f:].any()
@@ -302,9 +296,9 @@ class OpLib:
         logits = np.full((len(rows), vp), np.nan, np.float32)
         gathered = np.zeros((len(rows), hp), np.uint16 if bf16 else np.float32)
         call(
-            self.lib.ot_lm_head, int(bf16), threads, len(xw), len(rows), h, hp, v, vp,
-            elems(pad(xw, hp), bf16), lanes_first(ssq), np.asarray(rows, np.int32),
-            panels(w, hp, bf16), float(eps), logits, gathered,
+            self.lib.ot_lm_head, int(bf16), threads, len(rows), h, hp, v, vp,
+            elems(pad(xw, hp), bf16), ssq, np.asarray(rows, np.int32), panels(w, hp, bf16),
+            float(eps), logits, gathered,
         )  # fmt: skip
         return logits[:, :v]
 
@@ -319,13 +313,13 @@ class OpLib:
         step.token_ids = np.asarray(ids, np.int32)
         x = np.full((len(ids), hp), np.nan, np.float32)
         xw = np.zeros((len(ids), hp), np.uint16 if bf16 else np.float32)
-        ssq = np.zeros((hp // LANES, len(ids)), np.float32)
+        ssq = np.zeros((len(ids), hp // LANES), np.float32)
         packed = panels(table, hp, bf16) if tied else elems(pad(table, hp), bf16)
         call(
             self.lib.ot_embed, int(bf16), threads, step.struct(), h, hp, packed, int(tied),
             pad(norm, hp), x, xw, ssq,
         )  # fmt: skip
-        return x[:, :h], floats(xw)[:, :h], ssq.T
+        return x[:, :h], floats(xw)[:, :h], ssq
 
     def qkv(
         self, step: PagedStep, xw: np.ndarray, ssq: np.ndarray, w: np.ndarray,
@@ -339,8 +333,8 @@ class OpLib:
         q = np.zeros((rows, qp), np.uint16 if step.bf16 else np.float32)
         call(
             self.lib.ot_qkv, int(step.bf16), threads, step.struct(), h, hp, num_heads, step.heads,
-            d, elems(pad(xw, hp), step.bf16), lanes_first(ssq), panels(w, hp, step.bf16), bias,
-            q_norm, k_norm, cos, sin, float(eps), float(qk_eps), q,
+            d, elems(pad(xw, hp), step.bf16), ssq, panels(w, hp, step.bf16), bias, q_norm, k_norm,
+            cos, sin, float(eps), float(qk_eps), q,
         )  # fmt: skip
         return floats(q)
 

@@ -73,12 +73,11 @@ int with_dtype(int is_bf16, Fn fn) {
   return is_bf16 ? fn(bf16{}) : fn(float{});
 }
 
-// T rows of K elements of E, side by side.
+// Rows of K elements of E, side by side.
 template <class E>
-Rows<Wide<E>> wide_rows(const void* data, int K, int T) {
-  return {static_cast<char*>(const_cast<void*>(data)), int64_t(K) * int64_t{sizeof(E)}, T};
+Rows<Wide<E>> wide_rows(const void* data, int K) {
+  return {static_cast<char*>(const_cast<void*>(data)), int64_t(K) * int64_t{sizeof(E)}};
 }
-Squares squares(const float* data, int T) { return {const_cast<float*>(data), T}; }
 
 }  // namespace
 
@@ -104,12 +103,12 @@ API int ot_residual(int is_bf16, int threads, int T, int K, int Hp, const void* 
     Batch b{};
     b.num_tokens = T;
     const ResidualArgs<Wide<E>, Wide<E>> p{&b,
-                                           wide_rows<E>(a, K, T),
+                                           wide_rows<E>(a, K),
                                            static_cast<const E*>(w),
                                            bias,
                                            norm,
                                            x,
-                                           {out_x, wide_rows<E>(xw, Hp, T), squares(ssq, T)},
+                                           {out_x, wide_rows<E>(xw, Hp), ssq},
                                            K,
                                            Hp};
     on_workers(threads, [&](Worker& wk) { residual_matmul(wk, p); });
@@ -123,33 +122,28 @@ API int ot_gate_up(int is_bf16, int threads, int T, int H, int Hp, int Fp, const
     using E = decltype(e);
     Batch b{};
     b.num_tokens = T;
-    const GateUpArgs<Wide<E>, Wide<E>> p{&b,
-                                         wide_rows<E>(xw, Hp, T),
-                                         squares(ssq, T),
-                                         static_cast<const E*>(w),
-                                         bias,
-                                         wide_rows<E>(h, Fp, T),
-                                         eps,
-                                         H,
-                                         Hp,
-                                         Fp};
+    const GateUpArgs<Wide<E>, Wide<E>> p{&b,   wide_rows<E>(xw, Hp),
+                                         ssq,  static_cast<const E*>(w),
+                                         bias, wide_rows<E>(h, Fp),
+                                         eps,  H,
+                                         Hp,   Fp};
     on_workers(threads, [&](Worker& wk) { norm_gate_up_act(wk, p); });
     return 0;
   });
 }
 
-API int ot_lm_head(int is_bf16, int threads, int T, int R, int H, int Hp, int V, int Vp,
-                   const void* xw, const float* ssq, const int32_t* rows, const void* w, float eps,
-                   float* logits, void* gathered) {
+API int ot_lm_head(int is_bf16, int threads, int R, int H, int Hp, int V, int Vp, const void* xw,
+                   const float* ssq, const int32_t* rows, const void* w, float eps, float* logits,
+                   void* gathered) {
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
-    const LmHeadArgs<Wide<E>> p{wide_rows<E>(xw, Hp, T),
-                                squares(ssq, T),
+    const LmHeadArgs<Wide<E>> p{wide_rows<E>(xw, Hp),
+                                ssq,
                                 rows,
                                 R,
                                 static_cast<const E*>(w),
                                 logits,
-                                wide_rows<E>(gathered, Hp, R),
+                                wide_rows<E>(gathered, Hp),
                                 eps,
                                 H,
                                 Hp,
@@ -170,14 +164,9 @@ API int ot_embed(int is_bf16, int threads, const Step* s, int H, int Hp, const v
   return with_dtype(is_bf16, [&](auto e) {
     using E = decltype(e);
     const Batch b = batch_of(*s);
-    const EmbedArgs<Wide<E>, Wide<E>> p{
-        &b,
-        static_cast<const E*>(table),
-        is_panels != 0,
-        norm,
-        {x, wide_rows<E>(xw, Hp, b.num_tokens), squares(ssq, b.num_tokens)},
-        H,
-        Hp};
+    const EmbedArgs<Wide<E>, Wide<E>> p{&b,   static_cast<const E*>(table),   is_panels != 0,
+                                        norm, {x, wide_rows<E>(xw, Hp), ssq}, H,
+                                        Hp};
     on_workers(threads, [&](Worker& wk) { embed_norm(wk, p); });
     return 0;
   });
@@ -191,8 +180,8 @@ API int ot_qkv(int is_bf16, int threads, const Step* s, int H, int Hp, int Hq, i
     using E = decltype(e);
     const Batch b = batch_of(*s);
     const QkvArgs<E, Cache<E>, Wide<E>> p{&b,
-                                          wide_rows<E>(xw, Hp, b.num_tokens),
-                                          squares(ssq, b.num_tokens),
+                                          wide_rows<E>(xw, Hp),
+                                          ssq,
                                           static_cast<const E*>(w),
                                           bias,
                                           q_norm,
@@ -222,7 +211,7 @@ API int ot_attention(int is_bf16, int threads, const Step* s, int Hq, int Hkv, i
     const Batch b = batch_of(*s);
     const AttentionArgs<E, Cache<E>, Wide<E>> p{&b,
                                                 static_cast<const E*>(q),
-                                                wide_rows<E>(y, Hq * D, b.num_tokens),
+                                                wide_rows<E>(y, Hq * D),
                                                 pages_of<E>(*s),
                                                 scale,
                                                 window,

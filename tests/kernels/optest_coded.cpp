@@ -54,16 +54,15 @@ constexpr bool kIsCoded<Coded<B, G, O, A>> = true;
 template <class F>
 struct OwnRows {
   std::vector<char> data;
-  int rows, K;
-  OwnRows(int rows, int K) : data(rows * F::row_bytes(K), '\xff'), rows(rows), K(K) {}
-  Rows<F> get() { return {data.data(), F::pitch(K, F::row_bytes(K)), rows}; }
+  int K;
+  OwnRows(int rows, int K) : data(rows * F::row_bytes(K), '\xff'), K(K) {}
+  Rows<F> get() { return {data.data(), F::row_bytes(K)}; }
   void fill(const float* v) {
+    const int rows = static_cast<int>(data.size() / F::row_bytes(K));
     for (int r = 0; r < rows; ++r)
-      for (int n = 0; n < K; n += F::kUnit) F::store(get(), r, K, n, v + int64_t(r) * K + n);
+      for (int n = 0; n < K; n += F::kUnit) F::store(get().row(r), K, n, v + int64_t(r) * K + n);
   }
 };
-
-Squares squares(const float* data, int T) { return {const_cast<float*>(data), T}; }
 
 // What a row stands for, in fp32; of codes also the codes, scales and sums themselves.
 template <class E>
@@ -75,7 +74,7 @@ void read_rows(Wide<E>, const Rows<Wide<E>>& rows, int T, int K, float* out) {
 template <class E, int B, int G, bool O>
 void read_rows(WeightOnly<E, B, G, O>, const Rows<WeightOnly<E, B, G, O>>& rows, int T, int K,
                float* out) {
-  read_rows(Wide<E>{}, {rows.data, rows.pitch, rows.count}, T, K, out);
+  read_rows(Wide<E>{}, {rows.data, rows.pitch}, T, K, out);
 }
 template <int B, int G, bool O, int A>
 void read_rows(Coded<B, G, O, A>, const Rows<Coded<B, G, O, A>>& rows, int T, int K, float* out) {
@@ -83,9 +82,10 @@ void read_rows(Coded<B, G, O, A>, const Rows<Coded<B, G, O, A>>& rows, int T, in
   constexpr bool is_wide = sizeof(typename F::Act) == 2;  // then a quad lies as 0 2 1 3
   for (int t = 0; t < T; ++t) {
     const auto* codes = reinterpret_cast<const typename F::Act*>(rows.row(t));
+    const auto* scales = reinterpret_cast<const float*>(rows.row(t) + F::scales_at(K));
     for (int k = 0; k < K; ++k) {
       const int in = k % 4, at = is_wide && (in == 1 || in == 2) ? k + 3 - 2 * in : k;
-      out[int64_t(t) * K + k] = static_cast<float>(codes[at]) * F::scales_of(rows)[k / A * T + t];
+      out[int64_t(t) * K + k] = static_cast<float>(codes[at]) * scales[k / A];
     }
   }
 }
@@ -109,10 +109,8 @@ API int oc_store(int format, int T, int K, const float* v, int32_t* codes, float
           const int in = k % 4, at = is_wide && (in == 1 || in == 2) ? k + 3 - 2 * in : k;
           codes[int64_t(t) * K + k] = reinterpret_cast<const typename F::Act*>(row)[at];
         }
-        for (int g = 0; g < K / F::kUnit; ++g)
-          scales[t * (K / F::kUnit) + g] = F::scales_of(rows.get())[g * T + t];
-        for (int g = 0; g < K / F::kBlock; ++g)
-          sums[t * (K / F::kBlock) + g] = F::sums_of(rows.get(), K)[g * T + t];
+        std::memcpy(scales + t * (K / F::kUnit), row + F::scales_at(K), K / F::kUnit * 4);
+        std::memcpy(sums + t * (K / F::kBlock), row + F::sums_at(K), K / F::kBlock * 4);
       }
       return 0;
     } else {
@@ -130,7 +128,7 @@ API int oc_residual(int format, int threads, int T, int K, int Hp, const float* 
     in.fill(a);
     Batch b{};
     b.num_tokens = T;
-    const ResidualArgs<F, F> p{&b, in.get(), w, bias, norm, x, {out_x, out.get(), {ssq, T}}, K, Hp};
+    const ResidualArgs<F, F> p{&b, in.get(), w, bias, norm, x, {out_x, out.get(), ssq}, K, Hp};
     on_workers(threads, [&](Worker& wk) { residual_matmul(wk, p); });
     read_rows(F{}, out.get(), T, Hp, xw);
     return 0;
@@ -145,7 +143,7 @@ API int oc_gate_up(int format, int threads, int T, int H, int Hp, int Fp, const 
     in.fill(xw);
     Batch b{};
     b.num_tokens = T;
-    const GateUpArgs<F, F> p{&b, in.get(), squares(ssq, T), w, bias, out.get(), eps, H, Hp, Fp};
+    const GateUpArgs<F, F> p{&b, in.get(), ssq, w, bias, out.get(), eps, H, Hp, Fp};
     on_workers(threads, [&](Worker& wk) { norm_gate_up_act(wk, p); });
     read_rows(F{}, out.get(), T, Fp, h);
     return 0;
@@ -159,8 +157,8 @@ API int oc_lm_head(int format, int threads, int T, int R, int H, int Hp, int V, 
     using F = decltype(f);
     OwnRows<F> in(T, Hp), gathered(R, Hp);
     in.fill(xw);
-    const LmHeadArgs<F> p{
-        in.get(), squares(ssq, T), rows, R, w, logits, gathered.get(), eps, H, Hp, V, Vp, nullptr};
+    const LmHeadArgs<F> p{in.get(), ssq, rows, R, w,  logits, gathered.get(),
+                          eps,      H,   Hp,   V, Vp, nullptr};
     on_workers(threads, [&](Worker& wk) {
       gather_rows(wk, p);
       wk.barrier();
@@ -178,7 +176,7 @@ API int oc_embed(int format, int threads, int T, const int32_t* ids, int H, int 
     Batch b{};
     b.num_tokens = T;
     b.token_ids = ids;
-    const EmbedArgs<F, F> p{&b, table, true, norm, {x, out.get(), {ssq, T}}, H, Hp};
+    const EmbedArgs<F, F> p{&b, table, true, norm, {x, out.get(), ssq}, H, Hp};
     on_workers(threads, [&](Worker& wk) { embed_norm(wk, p); });
     read_rows(F{}, out.get(), T, Hp, xw);
     return 0;

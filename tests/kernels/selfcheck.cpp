@@ -42,8 +42,8 @@ void check_gemm(int is_bf16, int T, int K, int N, Lcg& g) {
   emit(h);
   std::vector<int32_t> rows(T);
   for (int i = 0; i < T; ++i) rows[i] = i;
-  ot_lm_head(is_bf16, 2, T, T, N, N, 2 * N, 2 * N, xw.data(), ssq.data(), rows.data(), w.data(),
-             1e-5f, logits.data(), gathered.data());
+  ot_lm_head(is_bf16, 2, T, N, N, 2 * N, 2 * N, xw.data(), ssq.data(), rows.data(), w.data(), 1e-5f,
+             logits.data(), gathered.data());
   emit(logits);
 }
 

@@ -59,9 +59,8 @@ class GemmFormat:
 
     def operand_row_bytes(self, width: int) -> int:
         """Most bytes of a row of ``width`` int8 activations at any ISA level: codes (16 bits wide
-        where 8-bit weights have no byte dot product) in an odd number of lines of 64 bytes, a scale
-        per group, a sum per block."""
-        codes = (-(-width * (2 if self.bits == 8 else 1) // 64) | 1) * 64
+        where 8-bit weights have no byte dot product), a scale per group, a sum per block."""
+        codes = width * (2 if self.bits == 8 else 1)
         return codes + 4 * (width // self.act_group) + 4 * (width // self.block)
 
     @property

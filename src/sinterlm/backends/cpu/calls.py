@@ -54,7 +54,7 @@ _H = "s.rows_of<{F}, Fp, pitch::h>(buf::h)"
 FIXED = {
     "embed_norm": (("out", _STREAM), ("H", "H"), ("Hp", "Hp")),
     "norm_qkv_rope_kv": (
-        ("xw", _XW), ("ssq", "s.squares(buf::ssq)"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"),
         ("cos", "s.cos"), ("sin", "s.sin"), ("q", "s.buffer<E>(buf::q)"), ("pages", "pages"),
         ("eps", "s.eps"), ("qk_eps", "s.qk_eps"), ("H", "H"), ("Hp", "Hp"), ("Hq", "Hq"),
         ("Hkv", "Hkv"), ("Qp", "Qp"),
@@ -69,7 +69,7 @@ FIXED = {
         ("K", "Qp"), ("Hp", "Hp"),
     ),
     "norm_gate_up_act": (
-        ("xw", _XW), ("ssq", "s.squares(buf::ssq)"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"),
         ("h", _H.format(F="{Next}")), ("eps", "s.eps"), ("H", "H"), ("Hp", "Hp"), ("Fp", "Fp"),
     ),
     "down_residual": (
@@ -77,7 +77,7 @@ FIXED = {
         ("K", "Fp"), ("Hp", "Hp"),
     ),
     "norm_lm_head_sample": (
-        ("xw", _XW), ("ssq", "s.squares(buf::ssq)"), ("rows", "s.rows"),
+        ("xw", _XW), ("ssq", "s.buffer<float>(buf::ssq)"), ("rows", "s.rows"),
         ("num_rows", "s.num_rows"), ("logits", "s.row_buffer<float>(buf::logits)"),
         ("gathered", "s.gathered<{F}, Hp, pitch::gathered>(buf::gathered)"),
         ("eps", "s.head_eps"), ("H", "H"), ("Hp", "Hp"), ("V", "V"), ("Vp", "Vp"),

@@ -67,16 +67,7 @@ template <class F>
 struct Rows {
   char* data;
   int64_t pitch;
-  int count;  // of the step; where a format keeps more than rows, it lies behind them
   char* row(int64_t t) const { return data + t * pitch; }
-};
-
-// Sums of squares of each 16 columns of x, [Hp / 16][T]: what one worker leaves for its columns
-// lies side by side, so that no two write to one line.
-struct Squares {
-  float* data;
-  int count;  // T
-  float& at(int lane, int64_t t) const { return data[int64_t(lane) * count + t]; }
 };
 
 // The residual stream and the two by-products every producer of it writes for the next norm.
@@ -84,7 +75,7 @@ template <class F>
 struct Stream {
   float* x;    // [T][Hp]
   Rows<F> xw;  // [T][Hp]      x * norm_weight
-  Squares ssq;
+  float* ssq;  // [T][Hp / 16] sum of squares of each 16 columns of x
 };
 
 template <class F, class Next>
@@ -100,8 +91,8 @@ struct EmbedArgs {
 template <class E, class C, class F>
 struct QkvArgs {
   const Batch* batch;
-  Rows<F> xw;  // [T][Hp]
-  Squares ssq;
+  Rows<F> xw;        // [T][Hp]
+  const float* ssq;  // [T][Hp / 16]
   const typename F::Weight*
       weight;           // panels; per kv head: G query heads, k, v; each head padded to 16 columns
   const float* bias;    // vector in packed column order, or null
@@ -144,8 +135,8 @@ struct ResidualArgs {
 template <class F, class Next>
 struct GateUpArgs {
   const Batch* batch;
-  Rows<F> xw;  // [T][Hp]
-  Squares ssq;
+  Rows<F> xw;                        // [T][Hp]
+  const float* ssq;                  // [T][Hp / 16]
   const typename F::Weight* weight;  // panels, interleaved: 64 gate columns, 64 up columns, ...
   const float* bias;                 // in packed column order, or null
   Rows<Next> h;                      // [T][Fp]
@@ -157,8 +148,8 @@ class Sampler;
 
 template <class F>
 struct LmHeadArgs {
-  Rows<F> xw;  // [T][Hp]
-  Squares ssq;
+  Rows<F> xw;           // [T][Hp]
+  const float* ssq;     // [T][Hp / 16]
   const int32_t* rows;  // [R] token index of each row
   int num_rows;
   const typename F::Weight* weight;  // panels [Vp/64]...

@@ -267,7 +267,7 @@ inline void store_rows(AttentionScratch<C, D>& s, const AttentionArgs<E, C, Next
     for (int i = 0; i < D; i += kLanes) store(s.out[r] + i, mul(load(s.out[r] + i), scale));
     const int first = (q.kv_head * q.G + r % q.G) * D;
     for (int i = 0; i < D; i += Next::kUnit)
-      Next::store(p.y, q.t0 + r / q.G, p.Qp, first + i, s.out[r] + i);
+      Next::store(p.y.row(q.t0 + r / q.G), p.Qp, first + i, s.out[r] + i);
   }
 }
 

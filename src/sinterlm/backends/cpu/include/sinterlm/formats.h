@@ -6,50 +6,24 @@
 //   WeightOnly<..> codes against activations in E
 //
 // A format says of activations: kUnit, the columns that whoever writes a row must finish together;
-// row_bytes(K), those of a row with what lies beside it; pitch(K, room), those from row to row
-// where there is room for so many; store(rows, t, K, n, v), which stores columns [n, n + kUnit) of
-// row t from fp32; copy_row; and beside, what a GEMM needs beside the rows. And of weights: Weight,
-// what a pointer to panels points at; panel_bytes(K).
+// row_bytes(K); store(row, K, n, v), which stores columns [n, n + kUnit) from fp32. And of weights:
+// Weight, what a pointer to panels points at; panel_bytes(K).
 #pragma once
-#include "sinterlm/args.h"
 #include "sinterlm/dots.h"
 
 namespace sl {
 
 constexpr int kPanelCols = 64;
 
-// Of rows of codes from some row on: scales [K / kUnit][count] and sums of codes [K /
-// kBlock][count].
-struct BesideRows {
-  const float* scales;
-  const int32_t* sums;
-  int count;
-};
-
-// Activations in E.
 template <class E>
-struct WideRows {
-  static constexpr int kUnit = kLanes;
-  static constexpr int64_t pitch(int, int64_t room) { return room; }
-  static constexpr int64_t row_bytes(int K) { return int64_t(K) * sizeof(E); }
-  template <class F>
-  static void store(const Rows<F>& rows, int t, int, int n, const float* v) {
-    store_elems(reinterpret_cast<E*>(rows.row(t)) + n, load(v));
-  }
-  template <class F>
-  static void copy_row(const Rows<F>& to, int r, const Rows<F>& from, int t, int K) {
-    std::memcpy(to.row(r), from.row(t), row_bytes(K));
-  }
-  template <class F>
-  static BesideRows beside(const Rows<F>&, int, int) {
-    return {};
-  }
-};
-
-template <class E>
-struct Wide : WideRows<E> {
+struct Wide {
   using Weight = E;
+  static constexpr int kUnit = kLanes;
+  static constexpr int64_t row_bytes(int K) { return int64_t(K) * sizeof(E); }
   static constexpr int64_t panel_bytes(int K) { return int64_t(K) * kPanelCols * sizeof(E); }
+  static void store(char* row, int, int n, const float* v) {
+    store_elems(reinterpret_cast<E*>(row) + n, load(v));
+  }
 };
 
 // Panels of codes: Group weights along k share a scale (0 = all of K) and, with Offsets, an offset.
@@ -124,36 +98,23 @@ struct GroupScale {
   }
 };
 
-// Activations as int8 codes: ActGroup of a row share a scale. Behind the codes of all rows, each an
-// odd number of lines from the next, so that they lie in different parts of a cache, are scales
-// fp32 [K / ActGroup][T] and sums of codes int32 [K / kBlock][T]: see Squares.
+// Activations as int8 codes: ActGroup of a row share a scale. A row is
+// codes [K] | scales fp32 [K / ActGroup] | sums of codes int32 [K / kBlock].
 template <int Bits, int Group, bool Offsets, int ActGroup>
 struct Coded : Codes<Bits, Group, Offsets> {
   using Act = typename Dot<Bits>::Act;
   static constexpr int kUnit = ActGroup;
   static constexpr int kBlock = Group == 0 ? ActGroup : std::min(Group, ActGroup);
 
-  static constexpr int64_t pitch(int K, int64_t = 0) {
-    return ((int64_t(K) * int64_t{sizeof(Act)} + 63) / 64 | 1) * 64;
-  }
-  static constexpr int64_t row_bytes(int K) {
-    return pitch(K) + int64_t(K) / ActGroup * 4 + int64_t(K) / kBlock * 4;
-  }
-  static float* scales_of(const Rows<Coded>& rows) {
-    return reinterpret_cast<float*>(rows.row(rows.count));
-  }
-  static int32_t* sums_of(const Rows<Coded>& rows, int K) {
-    return reinterpret_cast<int32_t*>(scales_of(rows)) + int64_t(K / ActGroup) * rows.count;
-  }
-  static BesideRows beside(const Rows<Coded>& rows, int K, int r) {
-    return {scales_of(rows) + r, sums_of(rows, K) + r, rows.count};
-  }
+  static constexpr int64_t scales_at(int K) { return int64_t(K) * sizeof(Act); }
+  static constexpr int64_t sums_at(int K) { return scales_at(K) + int64_t(K) / ActGroup * 4; }
+  static constexpr int64_t row_bytes(int K) { return sums_at(K) + int64_t(K) / kBlock * 4; }
 
   // One group.
-  static void store(const Rows<Coded>& rows, int t, int K, int n, const float* v) {
+  static void store(char* row, int K, int n, const float* v) {
     const GroupScale group = GroupScale::of<ActGroup>(v);
-    Act* codes = reinterpret_cast<Act*>(rows.row(t)) + n;
-    int32_t* sums = sums_of(rows, K) + t;
+    Act* codes = reinterpret_cast<Act*>(row) + n;
+    int32_t* sums = reinterpret_cast<int32_t*>(row + sums_at(K)) + n / kBlock;
     for (int b = 0; b < ActGroup; b += kBlock) {
       Vec sum = zero();
       for (int i = b; i < b + kBlock; i += kLanes) {
@@ -161,23 +122,19 @@ struct Coded : Codes<Bits, Group, Offsets> {
         store_codes(codes + i, code);
         sum = add(sum, code);
       }
-      sums[int64_t((n + b) / kBlock) * rows.count] = static_cast<int32_t>(reduce_add(sum));
+      sums[b / kBlock] = static_cast<int32_t>(reduce_add(sum));
     }
-    scales_of(rows)[int64_t(n / ActGroup) * rows.count + t] = group.scale;
-  }
-  static void copy_row(const Rows<Coded>& to, int r, const Rows<Coded>& from, int t, int K) {
-    std::memcpy(to.row(r), from.row(t), K * sizeof(Act));
-    for (int g = 0; g < K / ActGroup; ++g)
-      scales_of(to)[int64_t(g) * to.count + r] = scales_of(from)[int64_t(g) * from.count + t];
-    for (int b = 0; b < K / kBlock; ++b)
-      sums_of(to, K)[int64_t(b) * to.count + r] = sums_of(from, K)[int64_t(b) * from.count + t];
+    reinterpret_cast<float*>(row + scales_at(K))[n / ActGroup] = group.scale;
   }
 };
 
 // Codes against activations in E: panels are turned into E a few k at a time.
 template <class E, int Bits, int Group, bool Offsets>
-struct WeightOnly : Codes<Bits, Group, Offsets>, WideRows<E> {
+struct WeightOnly : Codes<Bits, Group, Offsets> {
   using Element = E;
+  static constexpr int kUnit = Wide<E>::kUnit;
+  static constexpr int64_t row_bytes(int K) { return Wide<E>::row_bytes(K); }
+  static void store(char* row, int K, int n, const float* v) { Wide<E>::store(row, K, n, v); }
 };
 
 // Columns [n, n + 16) of row `id` of an embedding table [V][H], as fp32; zeros from H on. Codes are

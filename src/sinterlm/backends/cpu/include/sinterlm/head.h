@@ -10,7 +10,9 @@ static_assert(kPanelCols == kSpan, "the sampler sees a panel at a time");
 // The operands of the rows to be sampled, side by side (a phase of its own).
 template <class F>
 void gather_rows(Worker& w, const LmHeadArgs<F>& p) {
-  w.for_each_static(p.num_rows, [&](int r) { F::copy_row(p.gathered, r, p.xw, p.rows[r], p.Hp); });
+  w.for_each_static(p.num_rows, [&](int r) {
+    std::memcpy(p.gathered.row(r), p.xw.row(p.rows[r]), F::row_bytes(p.Hp));
+  });
 }
 
 // logits = (gathered W^T) * rstd, kept unless the row is drawn from them here; columns of padding

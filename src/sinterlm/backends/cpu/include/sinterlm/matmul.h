@@ -13,19 +13,17 @@ namespace sl {
 constexpr int kDepthBlock = 1024;  // k per pass: 64 columns of bf16 are 128 KB, in L2
 static_assert(kDepthBlock % 128 == 0, "a pass ends where a group of weights does");
 
-// Columns [c0, c1) (multiples of 16) of `rows` rows of a from r on into c[rows][ldc], column c0 at
-// c[0].
+// Columns [c0, c1) (multiples of 16) of `rows` rows into c[rows][ldc], column c0 at c[0].
 template <class F>
-inline void columns(const Rows<F>& a, int r, int rows, const typename F::Weight* weight, int K,
+inline void columns(int rows, const char* a, int64_t pitch, const typename F::Weight* weight, int K,
                     int c0, int c1, float* c, int64_t ldc, void* scratch) {
   for (int k = 0; k < K; k += kDepthBlock) {
     for (int col = c0; col < c1;) {
       const int end = std::min(c1, (col / kPanelCols + 1) * kPanelCols);
       const char* panel =
           reinterpret_cast<const char*>(weight) + col / kPanelCols * F::panel_bytes(K);
-      const PanelPiece piece{a.row(r),
-                             a.pitch,
-                             F::beside(a, K, r),
+      const PanelPiece piece{a,
+                             pitch,
                              panel,
                              K,
                              k,
@@ -40,16 +38,16 @@ inline void columns(const Rows<F>& a, int r, int rows, const typename F::Weight*
   }
 }
 
-// 1 / sqrt(mean(x^2) + eps) of row t from the sums its producer left, in one order: four chains, so
-// that a row alone does not wait for each addition.
-inline float rstd_of(const float (&chain)[4], int H, float eps) {
-  const float total = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+// 1 / sqrt(mean(x^2) + eps) of row t from the sums its producer left, in one order.
+inline float row_rstd(const float* ssq, int t, int Hp, int H, float eps) {
+  const int n = Hp / kLanes;
+  const float* s = ssq + int64_t(t) * n;
+  Vec acc = zero();
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) acc = add(acc, load(s + i));
+  float total = reduce_add(acc);
+  for (; i < n; ++i) total += s[i];
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(H) + eps);
-}
-inline float row_rstd(const Squares& ssq, int64_t t, int Hp, int H, float eps) {
-  float chain[4] = {};
-  for (int i = 0; i < Hp / kLanes; ++i) chain[i % 4] += ssq.at(i, t);
-  return rstd_of(chain, H, eps);
 }
 
 // What an op keeps in its worker's scratch beside the sums of an item, which begin it: a float for
@@ -65,18 +63,10 @@ inline void* panel_scratch(const Worker& w) {
 }
 
 // row_rstd of the step's rows, each worker its own: items of all panels need them.
-inline const float* rstd_of_rows(const Worker& w, const Squares& ssq, int Hp, int H, float eps) {
+inline const float* rstd_of_rows(const Worker& w, const float* ssq, int rows, int Hp, int H,
+                                 float eps) {
   float* rstd = row_floats(w);
-  int t = 0;
-  for (; t + kLanes <= ssq.count; t += kLanes) {
-    Vec chain[4] = {zero(), zero(), zero(), zero()};
-    for (int i = 0; i < Hp / kLanes; ++i) chain[i % 4] = add(chain[i % 4], load(&ssq.at(i, t)));
-    float lanes[4][kLanes];
-    for (int i = 0; i < 4; ++i) store(lanes[i], chain[i]);
-    for (int i = 0; i < kLanes; ++i)
-      rstd[t + i] = rstd_of({lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]}, H, eps);
-  }
-  for (; t < ssq.count; ++t) rstd[t] = row_rstd(ssq, t, Hp, H, eps);
+  for (int t = 0; t < rows; ++t) rstd[t] = row_rstd(ssq, t, Hp, H, eps);
   return rstd;
 }
 
@@ -87,7 +77,7 @@ inline void matmul(Worker& w, const Rows<F>& a, int rows, const typename F::Weig
                    int N, int granule, Finish&& finish) {
   const Cut cut(N, rows, kPanelCols, granule, *w.team);
   const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
-    columns(a, r, n, weight, K, c0, c1, c, ld, panel_scratch(w));
+    columns<F>(n, a.row(r), a.pitch, weight, K, c0, c1, c, ld, panel_scratch(w));
   };
   in_blocks(w, cut, kPanelCols, compute, finish);
 }
@@ -98,13 +88,14 @@ template <class F, class Value>
 inline void store_stream(const Stream<F>& out, const float* norm_weight, int Hp, int t, int n,
                          Value&& value) {
   alignas(64) float xw[F::kUnit];
+  const int64_t row = int64_t(t) * Hp;
   for (int i = 0; i < F::kUnit; i += kLanes) {
     const Vec v = value(n + i);
-    store(out.x + int64_t(t) * Hp + n + i, v);
+    store(out.x + row + n + i, v);
     store(xw + i, mul(v, load(norm_weight + n + i)));
-    out.ssq.at((n + i) / kLanes, t) = reduce_add(mul(v, v));
+    out.ssq[(row + n + i) / kLanes] = reduce_add(mul(v, v));
   }
-  F::store(out.xw, t, Hp, n, xw);
+  F::store(out.xw.row(t), Hp, n, xw);
 }
 
 // x' = x + a W^T + bias, and the by-products the next norm needs. o_residual and down_residual.

@@ -10,13 +10,13 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<F, Next>& p) {
   const Cut cut(p.Fp, p.batch->num_tokens, kPanelCols, Next::kUnit, *w.team);
   float* gate = static_cast<float*>(w.scratch);
   float* up = gate + kRowBlock * kPanelCols;
-  const float* rstd = rstd_of_rows(w, p.ssq, p.Hp, p.H, p.eps);
+  const float* rstd = rstd_of_rows(w, p.ssq, p.batch->num_tokens, p.Hp, p.H, p.eps);
   const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
     const int g0 = c0 / kPanelCols * 2 * kPanelCols + c0 % kPanelCols;  // packed gate column
     const int u0 = g0 + kPanelCols;
     const auto half = [&](int first, float* out) {
-      columns(p.xw, r, n, p.weight, p.Hp, first, first + c1 - c0, out, kPanelCols,
-              panel_scratch(w));
+      columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, first, first + c1 - c0, out,
+                 kPanelCols, panel_scratch(w));
     };
     half(g0, gate);
     half(u0, up);
@@ -34,7 +34,7 @@ void norm_gate_up_act(Worker& w, const GateUpArgs<F, Next>& p) {
     }
   };
   in_blocks(w, cut, kPanelCols, compute, [&](int t, int c0, int c1, const float* c) {
-    for (int n = c0; n < c1; n += Next::kUnit) Next::store(p.h, t, p.Fp, n, c + n - c0);
+    for (int n = c0; n < c1; n += Next::kUnit) Next::store(p.h.row(t), p.Fp, n, c + n - c0);
   });
 }
 

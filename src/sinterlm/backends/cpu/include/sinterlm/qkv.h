@@ -140,9 +140,9 @@ void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, C, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
   const Cut cut(heads * D, rows, D, D, *w.team);
-  const float* rstd = rstd_of_rows(w, p.ssq, p.Hp, p.H, p.eps);
+  const float* rstd = rstd_of_rows(w, p.ssq, rows, p.Hp, p.H, p.eps);
   const auto compute = [&](int r, int n, int c0, int c1, float* c, int ld) {
-    columns(p.xw, r, n, p.weight, p.Hp, c0, c1, c, ld, panel_scratch(w));
+    columns<F>(n, p.xw.row(r), p.xw.pitch, p.weight, p.Hp, c0, c1, c, ld, panel_scratch(w));
   };
   in_blocks(w, cut, D, compute,
             [&](int t, int c0, int, float* c) { finish_head<E, D>(p, c0 / D, t, c, rstd[t]); });

@@ -33,7 +33,6 @@ struct OpCounter {
 template <class E>
 struct Run {
   const Batch* batch;
-  int num_tokens;  // rows of every buffer but the gathered ones
   const char* weights;
   char* token_arena;
   char* row_arena;
@@ -67,7 +66,6 @@ struct Run {
   T* row_buffer(int64_t offset) const {
     return reinterpret_cast<T*>(row_arena + offset * max_rows);
   }
-  Squares squares(int64_t offset) const { return {buffer<float>(offset), num_tokens}; }
   template <class C>
   Pages<C> pages(int layer) const {
     return {static_cast<C*>(kv_base[layer]), page_stride, head_stride, page_tokens};
@@ -76,16 +74,16 @@ struct Run {
   template <class F, int K, int64_t Pitch>
   Rows<F> rows_of(int64_t offset) const {
     static_assert(F::row_bytes(K) <= Pitch, "the memory plan has too little room for a row");
-    return {buffer<char>(offset), F::pitch(K, Pitch), num_tokens};
+    return {buffer<char>(offset), Pitch};
   }
   template <class F, int K, int64_t Pitch>
   Rows<F> gathered(int64_t offset) const {
     static_assert(F::row_bytes(K) <= Pitch, "the memory plan has too little room for a row");
-    return {row_buffer<char>(offset), F::pitch(K, Pitch), num_rows};
+    return {row_buffer<char>(offset), Pitch};
   }
   template <class F, int K, int64_t Pitch>
   Stream<F> stream(int64_t x, int64_t xw, int64_t ssq) const {
-    return {buffer<float>(x), rows_of<F, K, Pitch>(xw), squares(ssq)};
+    return {buffer<float>(x), rows_of<F, K, Pitch>(xw), buffer<float>(ssq)};
   }
 
   // Ends op number `op`: everybody waits for everybody, and worker 0 books the time. `calls` is 0

@@ -24,7 +24,6 @@ template <class E>
 Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
   Run<E> run{};
   run.batch = batch;
-  run.num_tokens = batch ? batch->num_tokens : 0;
   run.weights = m.weights;
   run.token_arena = static_cast<char*>(m.token_arena.data());
   run.row_arena = static_cast<char*>(m.row_arena.data());
@@ -54,7 +53,7 @@ Run<E> make_run(Model& m, const Batch* batch, const sl_kv* kv, int64_t* clock) {
 // Final-normed hidden states x * rstd * weight of every token, fp32.
 template <class E>
 void copy_hidden(Worker& w, const ModelSpec& spec, const Run<E>& run, float* out) {
-  const Squares ssq = run.squares(spec.final_ssq);
+  const float* ssq = run.template buffer<float>(spec.final_ssq);
   const float* weight = run.template weight<float>(spec.final_norm);
   w.for_each_static(run.batch->num_tokens, [&](int t) {
     const float rstd = row_rstd(ssq, t, spec.Hp, spec.H, run.eps);
@@ -182,21 +181,21 @@ sl_status head(Model& m, const sl_head_args& a) {
   run.rows = m.identity.data();
   run.head_eps = 0;  // with ssq as below, rstd is exactly 1
   using F = typename Net::Head;
+  const Rows<F> rows{run.template buffer<char>(spec.final_xw), spec.xw_pitch};
+  float* sums = run.template buffer<float>(spec.final_ssq);
   for (int first = 0; first < a.num_rows; first += run.num_rows) {
-    run.num_rows = run.num_tokens = std::min(m.args.max_sample_rows, a.num_rows - first);
-    const Rows<F> rows{run.template buffer<char>(spec.final_xw), F::pitch(spec.Hp, spec.xw_pitch),
-                       run.num_rows};
-    const Squares ssq = run.squares(spec.final_ssq);
+    run.num_rows = std::min(m.args.max_sample_rows, a.num_rows - first);
     const bool ran = m.pool->run([&](Worker& w) {
       w.for_each_static(run.num_rows, [&](int r) {
         const float* from = a.hidden + int64_t(first + r) * spec.H;
+        float* ssq = sums + int64_t(r) * (spec.Hp / kLanes);
         for (int n = 0; n < spec.Hp; n += F::kUnit) {
           float xw[F::kUnit];
           for (int i = 0; i < F::kUnit; ++i) xw[i] = n + i < spec.H ? from[n + i] : 0.0f;
-          F::store(rows, r, spec.Hp, n, xw);
+          F::store(rows.row(r), spec.Hp, n, xw);
         }
         for (int i = 0; i < spec.Hp / kLanes; ++i)
-          ssq.at(i, r) = i == 0 ? static_cast<float>(spec.H) : 0.0f;
+          ssq[i] = i == 0 ? static_cast<float>(spec.H) : 0.0f;
       });
       w.barrier();
       Net::head(w, run);

@@ -53,10 +53,10 @@ struct CodedTile {
 
   const char* row(int r) const { return p.a + r * p.pitch; }
   int32_t sum(int r, int k) const {
-    return p.beside.sums[int64_t(k / F::kBlock) * p.beside.count + r];
+    return reinterpret_cast<const int32_t*>(row(r) + F::sums_at(p.K))[k / F::kBlock];
   }
   float act_scale(int r, int k) const {
-    return p.beside.scales[int64_t(k / F::kUnit) * p.beside.count + r];
+    return reinterpret_cast<const float*>(row(r) + F::scales_at(p.K))[k / F::kUnit];
   }
 
   // The integer dot products of one block.

@@ -190,7 +190,6 @@ inline void wide_rows(int rows, int cols, const WideTile<E, A>& t, int depth = k
 struct PanelPiece {
   const char* a;  // row 0 of the operand
   int64_t pitch;  // bytes from row to row
-  BesideRows beside;
   const char* panel;
   int K, k, depth, col;
   float* c;  // row 0, column `col`
