@@ -159,6 +159,8 @@ CODED_MUTANTS = [
                 2, _coded_residual),
     CodedMutant("scale of the neighbouring activations", "tile_coded.h", "[k / F::kUnit];",
                 "[(k / F::kUnit + 1) % (p.K / F::kUnit)];", 0, _coded_residual),
+    CodedMutant("the scale of all of k forgotten", CODED_TILE, "if (kOneScale && end == p.K)",
+                "if (kOneScale && end > p.K)", 0, _coded_residual),
     CodedMutant("offset dropped", "tile_coded.h", "if constexpr (F::kOffsets) return fma",
                 "if constexpr (false) return fma",
                 3, _coded_residual),
