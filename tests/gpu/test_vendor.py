@@ -17,7 +17,7 @@ from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.backends.gpu.vendor import LEAST_ROWS, WORKSPACE_BYTES, multiply, rows_of
 from sinterlm.ir.bf16 import error_bound, from_bf16, round_bf16, to_bf16
 from sinterlm.ir.fp8 import FP8_NAN, Fp8Name
-from sinterlm.ir.plan import PITCH_PADDING
+from sinterlm.ir.plan import pitch_of
 from sinterlm.ir.quant import GemmFormat
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
 from sinterlm.ir.reference_ops import silu
@@ -38,11 +38,11 @@ def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
     """a[T, K], w[N, K] -> sums [T + 1, N] by the twin, N padded. One more row is ones, as rows of
     padding hold anything; what lies between the rows of w is NaN."""
     count, k = a.shape
-    packed = np.full((-(-len(w) // 64) * 64, k + PITCH_PADDING), oplib.NAN16)
+    packed = np.full((-(-len(w) // 64) * 64, pitch_of(k)), oplib.NAN16)
     packed[:, :k] = 0
     packed[: len(w), :k] = to_bf16(w)
     sums = np.ones((count + 1, len(packed)), np.float32)
-    shape = {"N": len(packed), "K": k, "W_PITCH": k + PITCH_PADDING}
+    shape = {"N": len(packed), "K": k, "W_PITCH": pitch_of(k)}
     multiply(to_bf16(a).reshape(-1), packed.reshape(-1), sums.reshape(-1), rows or count, shape)
     return sums
 
@@ -57,10 +57,20 @@ def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
     lambda: kernels.test_gate_up(5, 192, 100, Tile(BN=64, SPLIT=3), None, True),
     lambda: kernels.test_qkv(4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), None),
 ], ids=["few rows", "many rows", "gate_up", "qkv"])  # fmt: skip
-def test_kernels_read_rows_as_they_read_tiles(check, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padding", [0, 64])
+def test_kernels_read_rows_as_they_read_tiles(
+    check, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """What lies between two rows is NaN, and must not be read."""
-    monkeypatch.setattr(oplib, "PADDING", PITCH_PADDING)
+    monkeypatch.setattr(oplib, "PADDING", padding)
     check()
+
+
+def test_rows_never_begin_at_one_memory_channel() -> None:
+    """512 bytes are 256 numbers; libraries load 16 bytes; zeros are few."""
+    for k in range(64, 1 << 15, 64):
+        assert pitch_of(k) % 256 and pitch_of(k) % 64 == 0 and k <= pitch_of(k) <= k + 64
+    assert [pitch_of(k) for k in (5120, 27648, 192, 448, 704)] == [5184, 27712, 192, 448, 704]
 
 
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 64), (5, 128, 100), (33, 320, 192)])
@@ -242,7 +252,7 @@ def test_rows_unpack_to_what_was_packed() -> None:
     model = tiny("qwen3", "gfx942", order="pitched")
     down = next(t for t in model.plan.layout.tensors if t.name == "layers.0.down")
     packed = pack(down, lambda name, dtype: to_bf16(model.weights[name]))
-    assert packed.nbytes == down.nbytes == 2 * 64 * (192 + PITCH_PADDING)
+    assert packed.nbytes == down.nbytes == 2 * 64 * pitch_of(192)
     columns = unpack(down, packed)
     matrix = model.weights[down.segments[0].weight]
     assert np.array_equal(columns[:, :129], to_bf16(matrix)) and not columns[:, 129:].any()
