@@ -98,6 +98,21 @@ def test_every_kernel_beside_a_vendors_gemm(
     assert {o.kernel.name for o in made} == {k.name for k in kernels} and len(made) >= 12
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("heads", [(14, 2), (9, 3)], ids=["qwen2.5-0.5b", "smollm2-135m"])
+def test_narrow_heads_with_fp8_pages_compile_for_sm_100(
+    heads: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of 64, whose kernel for prompts ptxas keeps on a stack where it has two stages."""
+    shape = {"head_dim": 64, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+             "hidden_size": 64 * heads[0]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **shape}))
+    given = ["--target", "sm_100", "--code-only", "--kv-cache-dtype", "fp8", "--json"]
+    assert main(["compile", str(tmp_path), *given, "-o", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_cache_dtype"] == "fp8"
+
+
 GOOD = {
     "spills": 0, "private_bytes": 0, "scratch_bytes": [0, 0], "shared_bytes": 1024,
     "registers": 64, "wide_loads": 3, "byte_loads": 0, "is_ordered": True,
