@@ -47,7 +47,8 @@ from sinterlm.backends.gpu.vendor import LIBRARIES
 from sinterlm.compile import compile_model
 from sinterlm.frontend.named_configs import named_configs
 from sinterlm.options import CompileOptions
-from sinterlm.runtime.device_probe import TimedLibrary, Train
+from sinterlm.runtime.device_probe import Step, TimedLibrary, Train
+from sinterlm.tune.catalogue import Sizes
 from sinterlm.tune.session import TuneOptions, tune
 from sinterlm.tune.tasks import WARMUP_US
 
@@ -148,7 +149,7 @@ def check_tune(args: argparse.Namespace) -> dict[str, Any]:
     """Microseconds of the largest GEMMs at few rows, as shipped and by the best tile so far. The
     table and its journal go into the archive; `sinterlm tune --output` goes on from there."""
     wanted = TuneOptions(
-        ops=("norm_gate_up_act", "down_residual"), batch_sizes=(1, 16),
+        ops=("norm_gate_up_act", "down_residual"), sizes=Sizes(batch=(1, 16)),
         time_limit_s=0.8 * args.limit, output=args.output / f"tiles-{args.target}.json",
     )  # fmt: skip
     options = CompileOptions(args.model, target=args.target, load_format="dummy")
@@ -177,13 +178,13 @@ def vendor_times(ours: Bundle, vendor: Bundle) -> dict[str, dict[str, list[float
     found: dict[str, dict[str, list[float]]] = {}
     for bundle in (ours, vendor):
         table, _ = read_archive(archive_of(bundle.library_path.read_bytes()))
-        with TimedLibrary(bundle.library_path, max(VENDOR_ROWS)) as library:
+        with TimedLibrary(bundle.library_path, [Step(max(VENDOR_ROWS))]) as library:
             for launch, wanted in enumerate(table.launches):
                 slot, _, part = wanted.slot.partition(".")
                 if wanted.layer != 0 or slot == "attention" or (bundle is vendor) != bool(part):
                     continue
                 for rows in VENDOR_ROWS:
-                    samples = library.time(launch, rows, 1, Train(1, 0, 16, 9, WARMUP_US))
+                    samples = library.time(launch, Step(rows, 1), Train(1, 0, 16, 9, WARMUP_US))
                     times = found.setdefault(slot, {}).setdefault(str(rows), [])
                     times.append(round(statistics.median(samples), 2))
     return found

@@ -23,7 +23,7 @@ NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
 #: To fp8; a test of both sets it.
 ROUNDING: Rounding = "cvt"
-#: Elements of NaN behind each row of a wide matrix; None = it lies in tiles. A test of both sets it.
+#: Elements of NaN behind each row of a wide matrix; None = it lies in tiles. Tests set it.
 PADDING: int | None = None
 
 

@@ -29,11 +29,13 @@ INT4 = Scheme(4, act="graph")
 
 
 def kernels_of(device: str, scheme: Scheme | None = None, kv_fp8: bool = False) -> list[Kernel]:
-    """Of each kernel of a tiny model's table the one for few rows, and attention of prompts."""
+    """Of each kernel of a tiny model's table the one for few rows, and attention of prompts, both
+    with a window too."""
     table = tiny("qwen2-window", device, scheme, kv_fp8=kv_fp8).table
     first: dict[object, Kernel] = {}
     for kernel in table.kernels:
-        first.setdefault((kernel.name, kernel.constants.get("DECODE")), kernel)
+        of = kernel.constants
+        first.setdefault((kernel.name, of.get("DECODE"), of.get("WINDOW")), kernel)
     return list(first.values())
 
 
@@ -50,7 +52,7 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     rounding = [k for k in table.kernels if k.constants.get("A_FP8")]
     kernels.append(next(k for k in rounding if k.constants["BM"] == 64))
     kernels += [k for k in kernels_of(device, kv_fp8=True) if k.constants.get("DECODE")]
-    assert kernels[-1].constants["KV_FP8"]
+    assert kernels[-1].constants["KV_FP8"] and kernels[-1].constants["WINDOW"]
     made = compile_objects(kernels, DEVICES[device], memo)
     assert [o.kernel for o in made] == kernels
     magic = b"\x7fELF"
@@ -189,7 +191,13 @@ STORE, WAIT, JOIN, COUNT = (
     ],
 )
 def test_stores_must_be_waited_for_by_every_wave(lines: tuple, is_ordered: bool) -> None:
-    assert _amd_counts_after_stores("\n".join(lines)) == is_ordered
+    assert _amd_counts_after_stores("\n".join(lines), 4) == is_ordered
+
+
+def test_a_wave_alone_waits_for_itself() -> None:
+    assert _amd_counts_after_stores("\n".join((STORE, WAIT, COUNT)), 1)
+    assert not _amd_counts_after_stores("\n".join((STORE, COUNT)), 1)
+    assert not _amd_counts_after_stores("\n".join((STORE, WAIT, STORE, COUNT)), 1)
 
 
 def test_an_archive_holds_table_and_objects() -> None:
