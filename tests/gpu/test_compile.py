@@ -144,6 +144,27 @@ def test_each_gate_closes(wrong: dict, named: str) -> None:
     assert not faults(replace(made, facts=GOOD), DEVICES["gfx942"])
 
 
+def test_numbers_in_place_belong_to_one_thread_each() -> None:
+    """Found by the emulator: two waves held the same numbers, and the second one read the sum that
+    the first had stored."""
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels
+                  if k.name == "residual_matmul")  # fmt: skip
+    made = objects.Object(kernel, b"", GOOD)
+    assert not faults(made, DEVICES["gfx942"])
+    narrow = replace(kernel, constants={**kernel.constants, "BM": 16, "BN": 16},
+                     options={**kernel.options, "num_warps": 8})  # fmt: skip
+    found = faults(replace(made, kernel=narrow), DEVICES["gfx942"])
+    assert found == ["256 numbers in place for 512 threads"]
+
+
+def test_the_waves_that_were_asked_for_fit() -> None:
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels
+                  if k.options.get("waves_per_eu") == 2)  # fmt: skip
+    made = objects.Object(kernel, b"", {**GOOD, "occupancy": 1})
+    assert "1 waves per SIMD, of 2" in faults(made, DEVICES["gfx942"])[0]
+    assert not faults(replace(made, facts={**GOOD, "occupancy": 2}), DEVICES["gfx942"])
+
+
 def test_products_of_fp8_must_be_native() -> None:
     table = tiny("llama-tied", "sm_90", fp8("sm_90", act="fp8")).table
     few, many = (
