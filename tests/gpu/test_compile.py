@@ -40,7 +40,7 @@ def kernels_of(device: str, scheme: Scheme | None = None, kv_fp8: bool = False) 
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("device", ["gfx942", pytest.param("sm_90", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["gfx942", "sm_90"])
 def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; some of the
     kernels here, and all in the slow test below."""
@@ -62,6 +62,8 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
         assert one.facts["symbol"] == one.kernel.name
     again = compile_objects(kernels, DEVICES[device], memo)
     assert [o.code for o in again] == [o.code for o in made]
+    (anew,) = compile_objects(kernels[:1], DEVICES[device], Memo(None))
+    assert anew.code == made[0].code, "the same bytes without the cache"
 
 
 @pytest.mark.slow
