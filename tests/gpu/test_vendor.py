@@ -30,7 +30,7 @@ from tests.gpu import test_kernels as kernels
 from tests.gpu.models import CONFIGS, tiny
 from tests.gpu.oplib import EPS, QK_EPS, Paged, Tile, nan16, nan32
 from tests.gpu.test_kernels import data, exact, scales
-from tests.ir.graphs import plain_graph
+from tests.ir.graphs import config, plain_graph, random_weights
 
 ROWS = {"T": 300, "R": 1, "S": 1, "N": 0}
 
@@ -74,7 +74,7 @@ def test_rows_never_begin_at_one_memory_channel() -> None:
     assert [pitch_of(k) for k in (5120, 27648, 192, 448, 704)] == [5184, 27712, 192, 448, 704]
 
 
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 64), (5, 128, 100), (33, 320, 192)])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 64), (5, 256, 100), (33, 320, 192)])
 def test_the_twin_multiplies(rows: int, k: int, n: int) -> None:
     a, w = data(rows, k, n)
     sums = sums_of(a, w)
@@ -258,6 +258,28 @@ def test_rows_unpack_to_what_was_packed() -> None:
     matrix = model.weights[down.segments[0].weight]
     assert np.array_equal(columns[:, :129], to_bf16(matrix)) and not columns[:, 129:].any()
     assert not packed.reshape(64, -1)[:, 129:].any()
+
+
+def test_rows_of_512_bytes_lie_apart() -> None:
+    """What every part is told of a matrix whose rows need zeros between them, and of one that does
+    not."""
+    shape = config(vocab=64, hidden=256, heads=8, kv_heads=2, head_dim=32, ffn=192)
+    made = plan(plain_graph(shape, "bf16"), order="pitched")
+    tensors = {t.name: t for t in made.layout.tensors}
+    weights = random_weights(made.graph, seed=1)
+    for name, k, pitch in (("layers.0.o", 256, 320), ("layers.0.down", 192, 192)):
+        tensor = tensors[name]
+        packed = pack(tensor, lambda weight, dtype: to_bf16(weights[weight]))
+        assert tensor.k == k and packed.nbytes == tensor.nbytes == 2 * tensor.n * pitch
+        rows = packed.reshape(tensor.n, pitch).view(np.uint16)
+        wanted = to_bf16(weights[tensor.segments[0].weight])
+        assert np.array_equal(rows[:, :k], wanted) and not rows[:, k:].any()
+        assert np.array_equal(unpack(tensor, packed)[:, :k], wanted)
+    table = launch_table(made, DEVICES["gfx942"])
+    of_vendor = {(k.constants["K"], k.constants["W_PITCH"]) for k in table.kernels if k.is_vendor}
+    ours = {(k.constants.get("K", 256), k.constants["W_PITCH"]) for k in table.kernels
+            if k.constants.get("W_PITCH")}  # fmt: skip
+    assert of_vendor == {(256, 320), (192, 192)} <= ours
 
 
 def test_tuning_takes_our_kernels_and_leaves_the_vendors() -> None:
