@@ -8,14 +8,12 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
-    tune        tiles of the two largest GEMMs of a layer, and of attention, at the real shape, as
-                far as time allows
+    tune        tiles of the two largest GEMMs and of attention at the real shape, as time allows
     vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer against its twin,
                 and its time beside our own kernel's at 256, 512 and 1024 rows
     vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
-DIR gets report.md, results.json, a log of each check and clocks.log (driver, clocks, power, heat
-before and after each), and DIR.tar.gz all of it to send.
+DIR gets report.md, results.json, clocks.log and a log of each check; DIR.tar.gz all of it to send.
 """
 
 from __future__ import annotations
