@@ -3,7 +3,7 @@
 #   make demo       install, compile the demo model, answer a question, measure, prove invariance
 #   make test       the default suite          make test-all   everything, slow tests too
 #   make check      lint, types, layering, C++ format           make format     rewrite to pass it
-#   make test-emu TINYGRAD_PATH=…   machine code of GPU kernels on tinygrad's emulator
+#   make test-emu TINYGRAD_PATH=…   machine code of GPU kernels on tinygrad's emulator; TABLE=docs/gpu.md
 #   make verify-gpu TARGET=gfx942 BUDGET=60   on a machine with the device: every kernel, a model, speed
 #   make dist       wheel and sdist in dist/   make goldens    regenerate tests/goldens (needs torch)
 #   make setup      the development environment                make clean      remove what was made
@@ -137,7 +137,7 @@ test-all: setup $(VENV)/stamps/browser $(VENV)/stamps/fuzz
 
 test-emu: setup
 	@test -n "$(TINYGRAD_PATH)" || { echo "make: give TINYGRAD_PATH=<a checkout of tinygrad>" >&2; exit 1; }
-	TINYGRAD_PATH=$(abspath $(TINYGRAD_PATH)) $(BIN)/python -m pytest -q tests/gpu/test_emulator.py --durations=0 $(PYTEST_ARGS)
+	TINYGRAD_PATH=$(abspath $(TINYGRAD_PATH)) EMULATOR_TABLE=$(TABLE) $(BIN)/python -m pytest -q tests/gpu/test_emulator.py --durations=0 $(PYTEST_ARGS)
 
 verify-gpu: setup
 	@test -n "$(TARGET)" || { echo "make: give TARGET=gfx942 or sm_90, and BUDGET in minutes" >&2; exit 1; }

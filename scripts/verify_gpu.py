@@ -8,12 +8,12 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
-    tune        tiles of the two largest GEMMs of a layer at the real shape, as far as time allows
+    tune        tiles of the two largest GEMMs and of attention at the real shape, as time allows
     vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer against its twin,
                 and its time beside our own kernel's at 256, 512 and 1024 rows
     vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
 
-DIR gets report.md, results.json and a log of each check, and DIR.tar.gz all of it to send.
+DIR gets report.md, results.json, clocks.log and a log of each check; DIR.tar.gz all of it to send.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from sinterlm.backends.gpu.vendor import LIBRARIES
 from sinterlm.compile import compile_model
 from sinterlm.frontend.named_configs import named_configs
 from sinterlm.options import CompileOptions
-from sinterlm.runtime.device_probe import TimedLibrary, Train
+from sinterlm.runtime.device_probe import Step, TimedLibrary, Train
+from sinterlm.tune.catalogue import Sizes
 from sinterlm.tune.session import TuneOptions, tune
 from sinterlm.tune.tasks import WARMUP_US
 
@@ -58,6 +59,15 @@ PAGED = ("norm_qkv_rope_kv", "attention")  #: slots of the launches that write a
 #: Rows at which the vendor's GEMM is timed.
 VENDOR_ROWS = (256, 512, 1024)
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+
+
+#: Asks for driver, clocks, power and heat of the devices.
+CLOCKS: dict[Vendor, tuple[str, ...]] = {
+    "cuda": ("nvidia-smi", "--format=csv", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,"
+             "clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"),
+    "hip": ("rocm-smi", "--showproductname", "--showdriverversion", "--showclocks", "--showpower",
+            "--showmaxpower", "--showtemp"),
+}  # fmt: skip
 
 
 @dataclass
@@ -145,15 +155,16 @@ def check_speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds of the largest GEMMs at few rows, as shipped and by the best tile so far. The
-    table and its journal go into the archive; `sinterlm tune --output` goes on from there."""
+    """Microseconds of the largest GEMMs at few rows and of attention, as shipped and by the best
+    tile so far. The table and its journal go into the archive; `sinterlm tune --output` goes on
+    from there."""
     wanted = TuneOptions(
-        ops=("norm_gate_up_act", "down_residual"), batch_sizes=(1, 16),
+        ops=("norm_gate_up_act", "down_residual", "attention"), sizes=Sizes(batch=(1, 16)),
         time_limit_s=0.8 * args.limit, output=args.output / f"tiles-{args.target}.json",
     )  # fmt: skip
     options = CompileOptions(args.model, target=args.target, load_format="dummy")
     outcome = tune(options, wanted, LogProgress())
-    rows = [{"GEMM": row["task"], "start us": row["start_us"], "best us": row["us"],
+    rows = [{"kernel": row["task"], "start us": row["start_us"], "best us": row["us"],
              "tile": row["cut"]} for row in outcome.rows]  # fmt: skip
     return {**outcome.counts, "is_complete": outcome.is_complete, "found": rows}
 
@@ -177,13 +188,13 @@ def vendor_times(ours: Bundle, vendor: Bundle) -> dict[str, dict[str, list[float
     found: dict[str, dict[str, list[float]]] = {}
     for bundle in (ours, vendor):
         table, _ = read_archive(archive_of(bundle.library_path.read_bytes()))
-        with TimedLibrary(bundle.library_path, max(VENDOR_ROWS)) as library:
+        with TimedLibrary(bundle.library_path, [Step(max(VENDOR_ROWS))]) as library:
             for launch, wanted in enumerate(table.launches):
                 slot, _, part = wanted.slot.partition(".")
                 if wanted.layer != 0 or slot == "attention" or (bundle is vendor) != bool(part):
                     continue
                 for rows in VENDOR_ROWS:
-                    samples = library.time(launch, rows, 1, Train(1, 0, 16, 9, WARMUP_US))
+                    samples = library.time(launch, Step(rows, 1), Train(1, 0, 16, 9, WARMUP_US))
                     times = found.setdefault(slot, {}).setdefault(str(rows), [])
                     times.append(round(statistics.median(samples), 2))
     return found
@@ -275,6 +286,20 @@ def run(args: argparse.Namespace, check: str, limit: float) -> Result:
     return Result(check, "failed", seconds, why=last[:300])
 
 
+def note_clocks(args: argparse.Namespace, after: str) -> None:
+    """What the vendor's tool says of driver, clocks, power and heat, into clocks.log."""
+    command = CLOCKS[DEVICES[args.target].vendor]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        said = f"{command[0]}: {exc}\n"
+    with (args.output / "clocks.log").open("a") as log:
+        log.write(f"-- {time.strftime('%H:%M:%S')} after {after}\n{said}")
+
+
 def report(args: argparse.Namespace, results: list[Result]) -> None:
     """report.md, results.json and the archive."""
     facts = {"sinterlm": __version__, "target": args.target, "triton": version("triton"),
@@ -309,10 +334,12 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + 60 * args.budget
     results = []
+    note_clocks(args, "nothing")
     for check, limit in plan(args):
         left = deadline - time.monotonic()
         done = run(args, check, min(limit, left)) if left > 0 else Result(check, "not run")
         results.append(done)
+        note_clocks(args, check)
         print(f"{done.state:8} {check} {done.why}", flush=True)
         report(args, results)
     print(f"{args.output}.tar.gz")

@@ -27,7 +27,7 @@ _COMMANDS: dict[str, str] = {
     "serve": "serve a model over HTTP: OpenAI's API, metrics, and a page to use and watch it",
     "vllm": "run an installed vLLM with SinterLM inside: `sinterlm vllm serve MODEL ...`",
     "compile": "compile a model into a bundle: one native library, packed weights, a manifest",
-    "tune": "measure on a GPU which tile each GEMM of a model should have",
+    "tune": "measure on a GPU which tile each kernel of a model should have",
     "inspect": "show a bundle or checkpoint: graph, cost per op, packing, memory plan, roofline",
     "doctor": "say what works on this machine and how to mend what does not",
     "cache": "list, shrink or check the cache of compiled code and packed weights",

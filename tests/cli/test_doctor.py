@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,51 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     check = doctor.check_cache(tmp_path / "cache")
     assert check.status == "warn"
     assert "SINTERLM_CACHE_DIR" in check.advice
+
+
+DRIVER = """
+#include <cstddef>
+#include <cstring>
+extern "C" int cuInit(unsigned) { return INIT; }
+extern "C" int cuDeviceGetCount(int* n) { *n = COUNT; return 0; }
+extern "C" int cuDeviceGetName(char* to, int, int) { strcpy(to, "fake H200"); return 0; }
+extern "C" int cuDeviceTotalMem_v2(size_t* to, int) { *to = 150000000000u; return 0; }
+extern "C" int cuDeviceGetAttribute(int* to, int which, int) { *to = which == 75 ? MAJOR : 0;
+  return 0; }
+"""
+HIP = {"cuInit": "hipInit", "cuDeviceGetCount": "hipGetDeviceCount",
+       "cuDeviceGetName": "hipDeviceGetName", "cuDeviceTotalMem_v2": "hipDeviceTotalMem",
+       "cuDeviceGetAttribute(int* to, int which, int) { *to = which == 75 ? MAJOR : 0;":
+       "hipDeviceComputeCapability(int* a, int* b, int) { *a = MAJOR; *b = 4;"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vendor", "init", "count", "major", "said"),
+    [
+        ("cuda", 0, 1, 9, "sees fake H200, 150 GB, --target sm_90; used with"),
+        ("hip", 0, 2, 9, "GB, --target gfx942; fake H200, 150 GB, --target gfx942; used with"),
+        ("cuda", 0, 1, 8, "no --target is for 8.0"),
+        ("cuda", 0, 0, 9, "sees no device"),
+        ("cuda", 100, 1, 9, "cannot be asked for devices (cuInit: CUDA error 100)"),
+    ],
+)
+def test_what_drivers_see(
+    vendor: str, init: int, count: int, major: int, said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    text = DRIVER
+    for cuda, hip in HIP.items() if vendor == "hip" else ():
+        text = text.replace(cuda, hip)
+    source, library = tmp_path / "driver.cpp", tmp_path / "libdriver.so"
+    source.write_text(text)
+    values = [f"-DINIT={init}", f"-DCOUNT={count}", f"-DMAJOR={major}"]
+    subprocess.run(["g++", "-shared", "-fPIC", *values, source, "-o", library], check=True)
+    monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(library))
+    check = doctor.check_gpu()
+    assert said in check.finding and check.status == "info"
+    assert len(check.data["devices"]) == (0 if init else count)
+
+
+def test_a_driver_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINTERLM_GPU_DRIVER", str(tmp_path / "libnone.so"))
+    assert "libnone.so, which cannot be opened" in doctor.check_gpu().finding

@@ -23,8 +23,8 @@ NAN16 = np.uint16(0x7FC0)
 EPS, QK_EPS = 1e-5, 1e-6
 #: To fp8; a test of both sets it.
 ROUNDING: Rounding = "cvt"
-#: Elements of NaN behind each row of a wide matrix; 0 = it lies in tiles. A test of both sets it.
-PADDING = 0
+#: Elements of NaN behind each row of a wide matrix; None = it lies in tiles. Tests set it.
+PADDING: int | None = None
 
 
 def tiles(w: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def pitched(w: np.ndarray) -> np.ndarray:
     """[N, K] -> [N][K + PADDING] bf16, N padded with zeros."""
     full = np.zeros((-(-len(w) // 64) * 64, w.shape[1]), np.float32)
     full[: len(w)] = w
-    padded = np.full((len(full), w.shape[1] + PADDING), NAN16)
+    padded = np.full((len(full), w.shape[1] + (PADDING or 0)), NAN16)
     padded[:, : w.shape[1]] = to_bf16(full)
     return padded
 
@@ -51,7 +51,7 @@ def matrix(
     """Arguments and constants of a kernel that reads w[N, K], in bf16 or in codes."""
     if form is None:
         none = np.zeros(0, np.float32)
-        if PADDING:
+        if PADDING is not None:
             rows = {name: pitched(w), "w_scale": none, "w_offset": none}
             return rows, {**WIDE, "W_PITCH": w.shape[1] + PADDING}
         return {name: tiles(w), "w_scale": none, "w_offset": none}, WIDE

@@ -29,16 +29,18 @@ INT4 = Scheme(4, act="graph")
 
 
 def kernels_of(device: str, scheme: Scheme | None = None, kv_fp8: bool = False) -> list[Kernel]:
-    """Of each kernel of a tiny model's table the one for few rows, and attention of prompts."""
+    """Of each kernel of a tiny model's table the one for few rows, and attention of prompts, both
+    with a window too."""
     table = tiny("qwen2-window", device, scheme, kv_fp8=kv_fp8).table
     first: dict[object, Kernel] = {}
     for kernel in table.kernels:
-        first.setdefault((kernel.name, kernel.constants.get("DECODE")), kernel)
+        of = kernel.constants
+        first.setdefault((kernel.name, of.get("DECODE"), of.get("WINDOW")), kernel)
     return list(first.values())
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("device", ["gfx942", pytest.param("sm_90", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["gfx942", "sm_90"])
 def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     """No spills, no stack, the matrix instruction, 16-byte loads, stores waited for; some of the
     kernels here, and all in the slow test below."""
@@ -50,7 +52,7 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
     rounding = [k for k in table.kernels if k.constants.get("A_FP8")]
     kernels.append(next(k for k in rounding if k.constants["BM"] == 64))
     kernels += [k for k in kernels_of(device, kv_fp8=True) if k.constants.get("DECODE")]
-    assert kernels[-1].constants["KV_FP8"]
+    assert kernels[-1].constants["KV_FP8"] and kernels[-1].constants["WINDOW"]
     made = compile_objects(kernels, DEVICES[device], memo)
     assert [o.kernel for o in made] == kernels
     magic = b"\x7fELF"
@@ -60,6 +62,8 @@ def test_objects_pass_the_gates(device: str, test_environment: Path) -> None:
         assert one.facts["symbol"] == one.kernel.name
     again = compile_objects(kernels, DEVICES[device], memo)
     assert [o.code for o in again] == [o.code for o in made]
+    (anew,) = compile_objects(kernels[:1], DEVICES[device], Memo(None))
+    assert anew.code == made[0].code, "the same bytes without the cache"
 
 
 @pytest.mark.slow
@@ -98,6 +102,21 @@ def test_every_kernel_beside_a_vendors_gemm(
     assert {o.kernel.name for o in made} == {k.name for k in kernels} and len(made) >= 12
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("heads", [(14, 2), (9, 3)], ids=["qwen2.5-0.5b", "smollm2-135m"])
+def test_narrow_heads_with_fp8_pages_compile_for_sm_100(
+    heads: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of 64, whose kernel for prompts ptxas keeps on a stack where it has two stages."""
+    shape = {"head_dim": 64, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+             "hidden_size": 64 * heads[0]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **shape}))
+    given = ["--target", "sm_100", "--code-only", "--kv-cache-dtype", "fp8", "--json"]
+    assert main(["compile", str(tmp_path), *given, "-o", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_cache_dtype"] == "fp8"
+
+
 GOOD = {
     "spills": 0, "private_bytes": 0, "scratch_bytes": [0, 0], "shared_bytes": 1024,
     "registers": 64, "wide_loads": 3, "byte_loads": 0, "is_ordered": True,
@@ -125,6 +144,27 @@ def test_each_gate_closes(wrong: dict, named: str) -> None:
     found = faults(made, DEVICES["gfx942"])
     assert len(found) == 1 and named in found[0]
     assert not faults(replace(made, facts=GOOD), DEVICES["gfx942"])
+
+
+def test_numbers_in_place_belong_to_one_thread_each() -> None:
+    """Found by the emulator: two waves held the same numbers, and the second one read the sum that
+    the first had stored."""
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels
+                  if k.name == "residual_matmul")  # fmt: skip
+    made = objects.Object(kernel, b"", GOOD)
+    assert not faults(made, DEVICES["gfx942"])
+    narrow = replace(kernel, constants={**kernel.constants, "BM": 16, "BN": 16},
+                     options={**kernel.options, "num_warps": 8})  # fmt: skip
+    found = faults(replace(made, kernel=narrow), DEVICES["gfx942"])
+    assert found == ["256 numbers in place for 512 threads"]
+
+
+def test_the_waves_that_were_asked_for_fit() -> None:
+    kernel = next(k for k in tiny("llama-tied", "gfx942").table.kernels
+                  if k.options.get("waves_per_eu") == 2)  # fmt: skip
+    made = objects.Object(kernel, b"", {**GOOD, "occupancy": 1})
+    assert "1 waves per SIMD, of 2" in faults(made, DEVICES["gfx942"])[0]
+    assert not faults(replace(made, facts={**GOOD, "occupancy": 2}), DEVICES["gfx942"])
 
 
 def test_products_of_fp8_must_be_native() -> None:
@@ -174,7 +214,13 @@ STORE, WAIT, JOIN, COUNT = (
     ],
 )
 def test_stores_must_be_waited_for_by_every_wave(lines: tuple, is_ordered: bool) -> None:
-    assert _amd_counts_after_stores("\n".join(lines)) == is_ordered
+    assert _amd_counts_after_stores("\n".join(lines), 4) == is_ordered
+
+
+def test_a_wave_alone_waits_for_itself() -> None:
+    assert _amd_counts_after_stores("\n".join((STORE, WAIT, COUNT)), 1)
+    assert not _amd_counts_after_stores("\n".join((STORE, COUNT)), 1)
+    assert not _amd_counts_after_stores("\n".join((STORE, WAIT, STORE, COUNT)), 1)
 
 
 def test_an_archive_holds_table_and_objects() -> None:

@@ -29,14 +29,16 @@ from sinterlm.errors import ResourceError, UsageError
 from sinterlm.ir.quant import ActDType
 from sinterlm.options import CompileOptions
 from sinterlm.passes.formats import Scheme
+from sinterlm.runtime.device_probe import Step
 from sinterlm.tune import session
-from sinterlm.tune.candidates import Cut, kernel_of
+from sinterlm.tune.catalogue import Sizes
 from sinterlm.tune.choice import choose, tuned_table
+from sinterlm.tune.gemm import GemmCut as Cut
 from sinterlm.tune.journal import Journal, Result
 from sinterlm.tune.search import Search, Tuner, key_of
-from sinterlm.tune.tasks import ROTATED_BYTES
+from sinterlm.tune.tasks import copies_of
 from tests.gpu.models import fp8, tiny
-from tests.gpu.tuned import ScriptedTimer, no_code, tasks
+from tests.gpu.tuned import ScriptedTimer, all_tasks, no_code, tasks
 
 
 def wide_is_fast(kernel: Kernel, tokens: int) -> float:
@@ -100,15 +102,15 @@ def test_what_is_timed_is_what_would_be_compiled() -> None:
 def test_a_trial_holds_its_own_weights_and_copies() -> None:
     (task,) = tasks(ops=["down_residual"], sizes=[16])
     trial = task.trial(task.start)
-    table, train = trial.table, trial.train
+    table, ((step, train),) = trial.table, trial.steps
+    assert step == Step(16)
     (launch,) = table.launches
     offsets = [int(arg.partition(":")[2]) for arg in launch.args if arg.startswith("weight:")]
     assert offsets[0] == 0 and max(offsets) < train.copy_bytes
     assert table.facts["weights_bytes"] == train.copies * train.copy_bytes
     assert train.copies == 256 and train.launches == 256  # a tiny matrix: as many as there may be
     assert len(table.kernels) == len(table.choices) == 1 and table.facts["layers"] == 1
-    big = replace(task.matrix, nbytes=200 << 20)
-    assert -(-ROTATED_BYTES // big.nbytes) == 3
+    assert copies_of(200 << 20) == 3
     assert type(table).from_text(table.to_text()) == table
 
 
@@ -138,6 +140,10 @@ def test_unknown_ops_and_sizes_are_refused() -> None:
         tasks(ops=["o_residul"])
     with pytest.raises(UsageError, match="--batch-sizes 0"):
         tasks(sizes=[0])
+    for flag, sizes in (("--context-lens 5,0", Sizes(contexts=(5, 0))),
+                        ("--prompt-lens  ", Sizes(prompts=()))):  # fmt: skip
+        with pytest.raises(UsageError, match=flag):
+            all_tasks(sizes=sizes)
 
 
 # -- the search ------------------------------------------------------------------------------------
@@ -360,7 +366,7 @@ def test_a_kernel_keeps_its_key_and_another_has_another() -> None:
     cut = Cut.of(task.start)
     keys = set()
     for changed in (cut, replace(cut, num_warps=2), replace(cut, BN=64)):
-        kernel = kernel_of(changed, task)
+        kernel = task.kernel_of(changed)
         assert kernel is not None
         keys.add(key_of(task, kernel))
         assert key_of(task, replace(kernel, source="elsewhere")) in keys

@@ -17,19 +17,20 @@ from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.backends.gpu.vendor import LEAST_ROWS, WORKSPACE_BYTES, multiply, rows_of
 from sinterlm.ir.bf16 import error_bound, from_bf16, round_bf16, to_bf16
 from sinterlm.ir.fp8 import FP8_NAN, Fp8Name
-from sinterlm.ir.plan import PITCH_PADDING
+from sinterlm.ir.plan import pitch_of
 from sinterlm.ir.quant import GemmFormat
 from sinterlm.ir.reference import RefBatch, RefCache, Reference
 from sinterlm.ir.reference_ops import silu
 from sinterlm.passes.packing import pack, unpack
 from sinterlm.passes.pipeline import plan
-from sinterlm.tune.tasks import tasks_of
+from sinterlm.tune.catalogue import Sizes, tasks_of
+from sinterlm.tune.gemm import GemmTask
 from tests.gpu import oplib
 from tests.gpu import test_kernels as kernels
 from tests.gpu.models import CONFIGS, tiny
 from tests.gpu.oplib import EPS, QK_EPS, Paged, Tile, nan16, nan32
 from tests.gpu.test_kernels import data, exact, scales
-from tests.ir.graphs import plain_graph
+from tests.ir.graphs import config, plain_graph, random_weights
 
 ROWS = {"T": 300, "R": 1, "S": 1, "N": 0}
 
@@ -38,11 +39,11 @@ def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
     """a[T, K], w[N, K] -> sums [T + 1, N] by the twin, N padded. One more row is ones, as rows of
     padding hold anything; what lies between the rows of w is NaN."""
     count, k = a.shape
-    packed = np.full((-(-len(w) // 64) * 64, k + PITCH_PADDING), oplib.NAN16)
+    packed = np.full((-(-len(w) // 64) * 64, pitch_of(k)), oplib.NAN16)
     packed[:, :k] = 0
     packed[: len(w), :k] = to_bf16(w)
     sums = np.ones((count + 1, len(packed)), np.float32)
-    shape = {"N": len(packed), "K": k, "W_PITCH": k + PITCH_PADDING}
+    shape = {"N": len(packed), "K": k, "W_PITCH": pitch_of(k)}
     multiply(to_bf16(a).reshape(-1), packed.reshape(-1), sums.reshape(-1), rows or count, shape)
     return sums
 
@@ -57,13 +58,23 @@ def sums_of(a: np.ndarray, w: np.ndarray, rows: int = 0) -> np.ndarray:
     lambda: kernels.test_gate_up(5, 192, 100, Tile(BN=64, SPLIT=3), None, True),
     lambda: kernels.test_qkv(4, 1, 64, True, 32, Tile(BN=32, SPLIT=2), None),
 ], ids=["few rows", "many rows", "gate_up", "qkv"])  # fmt: skip
-def test_kernels_read_rows_as_they_read_tiles(check, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padding", [0, 64])
+def test_kernels_read_rows_as_they_read_tiles(
+    check, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """What lies between two rows is NaN, and must not be read."""
-    monkeypatch.setattr(oplib, "PADDING", PITCH_PADDING)
+    monkeypatch.setattr(oplib, "PADDING", padding)
     check()
 
 
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 64), (5, 128, 100), (33, 320, 192)])
+def test_rows_never_begin_at_one_memory_channel() -> None:
+    """512 bytes are 256 numbers; libraries load 16 bytes; zeros are few."""
+    for k in range(64, 1 << 15, 64):
+        assert pitch_of(k) % 256 and pitch_of(k) % 64 == 0 and k <= pitch_of(k) <= k + 64
+    assert [pitch_of(k) for k in (5120, 27648, 192, 448, 704)] == [5184, 27712, 192, 448, 704]
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 64, 64), (5, 256, 100), (33, 320, 192)])
 def test_the_twin_multiplies(rows: int, k: int, n: int) -> None:
     a, w = data(rows, k, n)
     sums = sums_of(a, w)
@@ -242,18 +253,40 @@ def test_rows_unpack_to_what_was_packed() -> None:
     model = tiny("qwen3", "gfx942", order="pitched")
     down = next(t for t in model.plan.layout.tensors if t.name == "layers.0.down")
     packed = pack(down, lambda name, dtype: to_bf16(model.weights[name]))
-    assert packed.nbytes == down.nbytes == 2 * 64 * (192 + PITCH_PADDING)
+    assert packed.nbytes == down.nbytes == 2 * 64 * pitch_of(192)
     columns = unpack(down, packed)
     matrix = model.weights[down.segments[0].weight]
     assert np.array_equal(columns[:, :129], to_bf16(matrix)) and not columns[:, 129:].any()
     assert not packed.reshape(64, -1)[:, 129:].any()
 
 
+def test_rows_of_512_bytes_lie_apart() -> None:
+    """What every part is told of a matrix whose rows need zeros between them, and of one that does
+    not."""
+    shape = config(vocab=64, hidden=256, heads=8, kv_heads=2, head_dim=32, ffn=192)
+    made = plan(plain_graph(shape, "bf16"), order="pitched")
+    tensors = {t.name: t for t in made.layout.tensors}
+    weights = random_weights(made.graph, seed=1)
+    for name, k, pitch in (("layers.0.o", 256, 320), ("layers.0.down", 192, 192)):
+        tensor = tensors[name]
+        packed = pack(tensor, lambda weight, dtype: to_bf16(weights[weight]))
+        assert tensor.k == k and packed.nbytes == tensor.nbytes == 2 * tensor.n * pitch
+        rows = packed.reshape(tensor.n, pitch).view(np.uint16)
+        wanted = to_bf16(weights[tensor.segments[0].weight])
+        assert np.array_equal(rows[:, :k], wanted) and not rows[:, k:].any()
+        assert np.array_equal(unpack(tensor, packed)[:, :k], wanted)
+    table = launch_table(made, DEVICES["gfx942"])
+    of_vendor = {(k.constants["K"], k.constants["W_PITCH"]) for k in table.kernels if k.is_vendor}
+    ours = {(k.constants.get("K", 256), k.constants["W_PITCH"]) for k in table.kernels
+            if k.constants.get("W_PITCH")}  # fmt: skip
+    assert of_vendor == {(256, 320), (192, 192)} <= ours
+
+
 def test_tuning_takes_our_kernels_and_leaves_the_vendors() -> None:
     """The last entry of a GEMM is for any number of rows, though it is used below 256 alone."""
     model, device, tiles = tiny("qwen3", "gfx942", order="pitched"), "gfx942", read_tiles("gfx942")
-    tasks = tasks_of(model.plan, DEVICES[device], tiles, (), (1, 200, 512))
-    named = {task.name: task for task in tasks}
+    tasks = tasks_of(model.plan, DEVICES[device], tiles, (), Sizes((1, 200, 512)))
+    named = {task.name: task for task in tasks if isinstance(task, GemmTask)}
     assert named["o_residual any"].rows == (200,) and named["o_residual <= 16"].rows == (1,)
     assert not any(task.start.is_vendor or "epilogue" in task.start.name for task in tasks)
     task = named["down_residual any"]

@@ -75,9 +75,10 @@ def test_tiles_are_tuned_within_the_limit(
     monkeypatch.setattr(objects, "compile_each", lambda kernels, *_: no_code(kernels))
     args = SimpleNamespace(target="gfx942", model="qwq-32b", output=tmp_path, limit=60)
     facts = verify.check_tune(args)
-    assert [row["GEMM"] for row in facts["found"]] == ["norm_gate_up_act <= 16",
-                                                       "down_residual <= 16"]  # fmt: skip
-    for row in facts["found"]:
+    *others, gate_up, down = facts["found"]
+    assert [row["kernel"] for row in others] == ["attention decode <= 16", "attention prompts"]
+    for row, name in ((gate_up, "norm_gate_up_act <= 16"), (down, "down_residual <= 16")):
+        assert row["kernel"] == name
         assert row["best us"]["16"] == 12.5 < row["start us"]["16"] == 25
     assert {path.name for path in tmp_path.iterdir()} == {"tiles-gfx942.json",
                                                           "tiles-gfx942.json.journal"}  # fmt: skip
@@ -103,6 +104,7 @@ def test_without_a_driver_each_check_fails_and_all_is_told(tmp_path: Path, verif
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert [r["state"] for r in results] == ["failed", "failed"]
     assert all("libnone.so" in r["why"] for r in results)
+    assert (tmp_path / "out/clocks.log").read_text().count("after") == 3
     assert (tmp_path / "out.tar.gz").is_file()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,50 @@ from sinterlm.backends.gpu.objects import Object, read_archive
 from sinterlm.backends.gpu.table import Kernel
 from sinterlm.backends.gpu.tuning import read_tiles
 from sinterlm.passes.formats import Scheme
-from sinterlm.tune.candidates import Cut
-from sinterlm.tune.tasks import Task, Trial, tasks_of
+from sinterlm.tune.attention import AttentionCut, AttentionTask
+from sinterlm.tune.catalogue import AnyTask, Sizes, tasks_of
+from sinterlm.tune.gemm import GemmCut, GemmTask
+from sinterlm.tune.tasks import Cut, Trial
 from sinterlm.tune.timer import Timing, TrialFailed, WorkerTimer
 from sinterlm.tune.worker import time_job
 from tests.gpu.models import tiny
 from tests.gpu.recording import RecordingDriver
 
+GEMMS = ("norm_qkv_rope_kv", "o_residual", "norm_gate_up_act", "down_residual",
+         "norm_lm_head_sample")  # fmt: skip
+SMALL = Sizes((1, 3), (17, 100), (5, 70))
+
+
+def all_tasks(
+    device: str = "gfx942", ops: Sequence[str] = (), sizes: Sizes = SMALL,
+    model: str = "llama-tied", scheme: Scheme | None = None, kv_fp8: bool = False,
+) -> list[AnyTask]:  # fmt: skip
+    """Of a tiny model."""
+    plan = tiny(model, device, scheme, kv_fp8=kv_fp8).plan
+    return tasks_of(plan, DEVICES[device], read_tiles(device), ops, sizes)
+
 
 def tasks(
-    device: str = "gfx942", ops: Sequence[str] = (), sizes: Sequence[int] = (1, 16, 64, 100),
+    device: str = "gfx942", ops: Sequence[str] = GEMMS, sizes: Sequence[int] = (1, 16, 64, 100),
     model: str = "llama-tied", scheme: Scheme | None = None,
-) -> list[Task]:  # fmt: skip
-    """Of a tiny model."""
-    plan = tiny(model, device, scheme).plan
-    return tasks_of(plan, DEVICES[device], read_tiles(device), ops, sizes)
+) -> list[GemmTask]:  # fmt: skip
+    """The GEMMs among them."""
+    found = all_tasks(device, ops, replace(SMALL, batch=tuple(sizes)), model, scheme)
+    return [task for task in found if isinstance(task, GemmTask)]
+
+
+def attention(
+    device: str = "gfx942", sizes: Sizes = SMALL, model: str = "llama-tied", kv_fp8: bool = False
+) -> list[AttentionTask]:
+    """The others."""
+    found = all_tasks(device, ["attention"], sizes, model, kv_fp8=kv_fp8)
+    return [task for task in found if isinstance(task, AttentionTask)]
+
+
+def cut_of(kernel: Kernel) -> Cut:
+    """Of a kernel of either kind."""
+    kind = AttentionCut if kernel.name == "attention" else GemmCut
+    return kind.of(kernel)
 
 
 def no_code(kernels: Sequence[Kernel]) -> list[Object | str]:
@@ -43,18 +72,16 @@ class ScriptedTimer:
     device: str = "scripted"
     asked: list[Cut] = field(default_factory=list)
 
-    def time(
-        self, trial: Trial, made: Sequence[Object], steps: Sequence[tuple[int, int]]
-    ) -> Timing:
+    def time(self, trial: Trial, made: Sequence[Object]) -> Timing:
         """See ``Timer``."""
         samples = []
-        for tokens, _ in steps:
-            us = self.takes(trial.table.kernels[0], tokens)
+        for step, _ in trial.steps:
+            us = self.takes(trial.table.kernels[0], step.tokens)
             if isinstance(us, str):
                 raise TrialFailed(us)
             samples.append([us + 5, us, us - 0.5])  # the first one is an outlier
-        if steps:
-            self.asked.append(Cut.of(trial.table.kernels[0]))
+        if trial.steps:
+            self.asked.append(cut_of(trial.table.kernels[0]))
         return Timing(self.device, "driver 1", samples)
 
     def __enter__(self) -> ScriptedTimer:

@@ -94,10 +94,13 @@ SL_API sl_status sl_poke(sl_model* model, const char* name, const void* data, in
 /* For whoever tunes kernels: one launch of the table, timed by the device's own clock. */
 typedef struct sl_time_args {
   uint32_t size;
-  int32_t launch;          /* of the table; not one that reads the page table */
+  int32_t launch;          /* of the table */
   int32_t num_tokens;      /* of the step */
   int32_t num_sample_rows; /* of the step */
-  const sl_kv* kv;         /* pages for num_tokens tokens; they are written to */
+  int32_t num_seqs;        /* of the step, each with as many of its tokens */
+  int32_t context;         /* keys of each sequence, those of the step among them */
+  const sl_kv* kv;         /* pages for num_seqs times context tokens, or for several times as many:
+                              a launch that reads pages takes the next ones each time */
   int64_t copy_bytes; /* a multiple of 256: launch i reads its weights at (i % copies) * this */
   int32_t copies;     /* behind where the table has them, so that no cache holds them; >= 1 */
   int32_t launches;   /* of a sample: so many, one behind the other, in one graph */
@@ -107,7 +110,7 @@ typedef struct sl_time_args {
 } sl_time_args;
 
 /* Fills every buffer with noise, runs the launch for a step of such sizes, and times it. What the
- * buffers held is lost. */
+ * buffers held is lost. Pages of a model that was opened with SL_OPEN_NOISE hold noise. */
 SL_API sl_status sl_time(sl_model* model, const sl_time_args* args);
 
 #ifdef __cplusplus

@@ -223,16 +223,28 @@ def check_demo_model() -> Check:
 
 
 def check_gpu() -> Check:
-    """GPU drivers that can be opened: what ``--target`` of a GPU needs to run."""
-    drivers = {"CUDA": ("libcuda.so.1",), "HIP": ("libamdhip64.so",)}
-    found = [f"{name} ({file})" for name, files in drivers.items() if (file := _opens(files))]
-    if not found:
-        text = "no CUDA or HIP driver: models can be compiled for a GPU here, and not run on one"
+    """GPU drivers that can be opened, and the devices that they see: what ``--target`` of a GPU
+    needs to run."""
+    from sinterlm.runtime.gpu_devices import DriverError, devices_of
+
+    named = os.environ.get("SINTERLM_GPU_DRIVER")
+    files = (named,) if named else ("libcuda.so.1", "libamdhip64.so")
+    found, said, devices = [file for file in files if _opens([file])], [], []
+    for file in found:
+        try:
+            seen = devices_of(file)
+        except DriverError as exc:
+            said.append(f"{file} cannot be asked for devices ({exc})")
+            continue
+        devices += [vars(device) for device in seen]
+        said.append(f"{file} sees {'; '.join(map(str, seen)) or 'no device'}")
+    if named and not found:
+        said = [f"SINTERLM_GPU_DRIVER names {named}, which cannot be opened"]
+    elif not found:
+        said = ["no CUDA or HIP driver: models can be compiled for a GPU here, and not run on one"]
     else:
-        text = (
-            f"{', '.join(found)}; used with --target of a GPU alone, which no device has confirmed"
-        )
-    return Check("gpu", "info", text, data={"drivers": found})
+        said.append("used with --target of a GPU alone, which no device has confirmed")
+    return Check("gpu", "info", "; ".join(said), data={"drivers": found, "devices": devices})
 
 
 def check_vendor_gemm() -> Check:

@@ -11,7 +11,7 @@ writes them down. Packed layouts:
   ``[group/8][64][4]``, low nibbles one quad of k, high ones the next. The last group may be short.
   N is padded to 64 with scales of zero, K to 64 (or the activations' group) with codes of zero.
 * ``tiles``:  a GPU's, bf16 ``[N/64][K/64][64][64]``; codes as ``backends/gpu/kernels`` has them.
-* ``pitched``: bf16 ``[N][K + 64]``, for a GPU vendor's GEMM library, which knows rows alone.
+* ``pitched``: bf16 ``[N][pitch_of(K)]``, for a GPU vendor's GEMM library, which knows rows alone.
 * ``rows``:   ``[V, K]`` row-major, K padded to 16 with zeros (an untied embedding table).
 * ``vector``: fp32 ``[N]``, padded like the columns it belongs to, with zeros.
 """
@@ -28,9 +28,16 @@ from sinterlm.ir.quant import GemmFormat
 MatrixOrder = Literal["panels", "tiles", "pitched"]
 Kind = Literal["panels", "tiles", "pitched", "rows", "vector"]
 
-#: Zeros between the rows of a ``pitched`` matrix: rows of a multiple of 256 elements, as nearly all
-#: models have, would else lie multiples of 512 bytes apart and begin at one memory channel.
-PITCH_PADDING = 64
+#: Elements of bf16 between rows that begin at one memory channel, 512 bytes; and zeros behind each
+#: row that keep them apart.
+_CHANNEL, _PITCH_PADDING = 256, 64
+
+
+def pitch_of(k: int) -> int:
+    """Elements from one row of a ``pitched`` matrix to the next: ``k``, a multiple of 64, and 64
+    zeros where rows, as nearly all models have them, would else lie a multiple of 512 bytes apart
+    and begin at one memory channel (ROCm's workload guide)."""
+    return k if k % _CHANNEL else k + _PITCH_PADDING
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from sinterlm.ir.ops import (
     OResidual,
 )
 from sinterlm.ir.plan import (
-    PITCH_PADDING,
     Kind,
     MatrixOrder,
     PackedTensor,
     Segment,
     WeightLayout,
+    pitch_of,
 )
 from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
@@ -192,7 +192,7 @@ class _Layout:
             nbytes = n // PANEL * PanelShape(form, k).nbytes
         else:
             dtype = "bf16" if kind != "vector" and self.graph.dtype == "bf16" else "fp32"
-            pitch = k + PITCH_PADDING if kind == "pitched" else k
+            pitch = pitch_of(k) if kind == "pitched" else k
             nbytes = n * pitch * (2 if dtype == "bf16" else 4)
         offset = round_up(self.end, VECTOR_ALIGN if kind == "vector" else PANEL_ALIGN)
         parts = tuple(segments)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sinterlm.errors import CheckpointError
 from sinterlm.ir.bf16 import from_bf16
-from sinterlm.ir.plan import PITCH_PADDING, PackedTensor, Segment, WeightLayout
+from sinterlm.ir.plan import PackedTensor, Segment, WeightLayout, pitch_of
 from sinterlm.ir.quant import CodedMatrix, GemmFormat
 from sinterlm.passes.coding import in_format
 from sinterlm.passes.layout import PANEL
@@ -193,8 +193,9 @@ def _tiles(columns: NDArray[Any]) -> NDArray[Any]:
 
 
 def _pitched(columns: NDArray[Any]) -> NDArray[Any]:
-    """[n, k] -> [n][k + 64]."""
-    return np.pad(columns, ((0, 0), (0, PITCH_PADDING)))
+    """[n, k] -> [n][pitch_of(k)]."""
+    k = columns.shape[1]
+    return np.pad(columns, ((0, 0), (0, pitch_of(k) - k)))
 
 
 #: How the columns of a chunk are put in order, by the kind of tensor.

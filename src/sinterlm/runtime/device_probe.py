@@ -22,8 +22,8 @@ from sinterlm.errors import BundleError, ResourceError
 from sinterlm.runtime import library as abi
 
 OPEN_NOISE = 8
-#: Positions of the rope table, and tokens of a page.
-_MODEL_LEN, _PAGE = 4096, 64
+#: Positions of the rope table at least, and tokens of a page.
+_MODEL_LEN, PAGE = 4096, 64
 
 
 #: A buffer that a launch writes: what the table calls it, its element type, bytes to look at.
@@ -54,6 +54,8 @@ class TimeArgs(ctypes.Structure):
         ("launch", c_int32),
         ("num_tokens", c_int32),
         ("num_sample_rows", c_int32),
+        ("num_seqs", c_int32),
+        ("context", c_int32),
         ("kv", POINTER(abi.Kv)),
         ("copy_bytes", c_int64),
         ("copies", c_int32),
@@ -116,9 +118,29 @@ def device_memory(
 
 
 @dataclass(frozen=True)
+class Step:
+    """A step that a launch is timed in: ``seqs`` sequences of ``tokens // seqs`` tokens each."""
+
+    tokens: int
+    rows: int = 0  #: that are sampled
+    seqs: int = 1
+    keys: int = 0  #: of each sequence, those of the step among them; 0 = these alone
+
+    @property
+    def context(self) -> int:
+        """Keys of each sequence."""
+        return self.keys or self.tokens // self.seqs
+
+    @property
+    def pages(self) -> int:
+        """That the sequences fill."""
+        return self.seqs * -(-self.context // PAGE)
+
+
+@dataclass(frozen=True)
 class Train:
     """How launches are timed: ``launches`` one behind the other are a sample, each with the next of
-    ``copies`` of the weights, ``copy_bytes`` apart."""
+    ``copies`` of the weights, ``copy_bytes`` apart, or with the next pages where it reads them."""
 
     copies: int
     copy_bytes: int
@@ -128,13 +150,15 @@ class Train:
 
 
 class TimedLibrary:
-    """A library for a GPU with noise for weights, for steps of at most ``max_tokens`` tokens.
+    """A library for a GPU with noise for weights and in ``pages`` pages, for any of ``steps``.
 
     Raises ResourceError where there is no driver, or another device than the library is for, or
     not the memory; RuntimeFault where the device fails.
     """
 
-    def __init__(self, path: Path, max_tokens: int) -> None:
+    def __init__(self, path: Path, steps: Sequence[Step], pages: int = 0) -> None:
+        max_tokens = max((s.tokens for s in steps), default=1)
+        max_context = max((s.context for s in steps), default=1)
         self._library = abi.Library(path)
         self._time = _function(path, "sl_time", pointer, POINTER(TimeArgs))
         self._peek = _function(path, "sl_peek", pointer, c_char_p, pointer, c_int64)
@@ -146,7 +170,8 @@ class TimedLibrary:
             size=ctypes.sizeof(abi.OpenArgs), abi_version=ABI_VERSION,
             layout_hash=facts["layout_hash"], flags=OPEN_NOISE, num_threads=1,
             weights_path=b"noise", weights_bytes=facts["weights_bytes"], max_tokens=max_tokens,
-            max_seqs=1, max_sample_rows=max_tokens, max_model_len=_MODEL_LEN,
+            max_seqs=max((s.seqs for s in steps), default=1), max_sample_rows=max_tokens,
+            max_model_len=max(_MODEL_LEN, max_context),
             rms_eps=1e-6, qk_eps=1e-6, attention_scale=1, rope_attention_factor=1,
             num_inv_freq=len(inv_freq), inv_freq=inv_freq.ctypes.data,
             num_windows=layers, windows=windows.ctypes.data,
@@ -157,11 +182,10 @@ class TimedLibrary:
         except BundleError as exc:  # there is no bundle that could be made again
             raise ResourceError(self._library.last_error()) from exc
         self._kv = abi.Kv()
-        pages = abi.KvArgs(ctypes.sizeof(abi.KvArgs), -(-max_tokens // _PAGE), _PAGE)
+        most = max(pages, max((s.pages for s in steps), default=1))
+        kv = abi.KvArgs(ctypes.sizeof(abi.KvArgs), most, PAGE)
         try:
-            self._library.call(
-                "sl_kv_alloc", self._model, ctypes.byref(pages), ctypes.byref(self._kv)
-            )
+            self._library.call("sl_kv_alloc", self._model, ctypes.byref(kv), ctypes.byref(self._kv))
         except Exception:
             self.close()
             raise
@@ -187,24 +211,25 @@ class TimedLibrary:
         facts: dict[str, Any] = json.loads(self._library.describe(self._model.value))
         return facts
 
-    def time(self, launch: int, num_tokens: int, num_rows: int, train: Train) -> list[float]:
+    def time(self, launch: int, step: Step, train: Train) -> list[float]:
         """Microseconds of one launch, a number per sample. Raises RuntimeFault."""
         out = (c_float * train.samples)()
         args = TimeArgs(
-            ctypes.sizeof(TimeArgs), launch, num_tokens, num_rows, ctypes.pointer(self._kv),
-            train.copy_bytes, train.copies, train.launches, train.samples, train.warmup_us, out,
+            ctypes.sizeof(TimeArgs), launch, step.tokens, step.rows, step.seqs, step.context,
+            ctypes.pointer(self._kv), train.copy_bytes, train.copies, train.launches,
+            train.samples, train.warmup_us, out,
         )  # fmt: skip
         self._check("sl_time", self._time(self._model, ctypes.byref(args)))
         return list(out)
 
     def outputs(
-        self, launch: int, num_tokens: int, num_rows: int, names: Sequence[Output]
+        self, launch: int, step: Step, names: Sequence[Output]
     ) -> dict[str, NDArray[np.float32]]:
         """What a launch leaves of noise, which is the same for every library. Raises RuntimeFault.
 
         It is run three times: what it adds up is added three times.
         """
-        self.time(launch, num_tokens, num_rows, Train(1, 0, 1, 1))
+        self.time(launch, step, Train(1, 0, 1, 1))
         found = {}
         for name, kind, nbytes in names:
             raw = np.empty(nbytes // 2, np.uint16)

@@ -1,4 +1,5 @@
-"""``sinterlm tune``: which tile each GEMM of a model should have on the device at hand.
+"""``sinterlm tune``: which tile each GEMM and each attention of a model should have on the device
+at hand.
 
 Stands on the compile side, which makes and checks the candidates, and on
 ``runtime.device_probe``, which times them.

@@ -26,7 +26,8 @@ class Result:
     task: str
     state: State
     cut: dict[str, int]  #: for people
-    samples: dict[str, list[float]] = field(default_factory=dict)  #: microseconds, by rows
+    #: Microseconds, by what the step is called.
+    samples: dict[str, list[float]] = field(default_factory=dict)
     why: str = ""
     device: str = ""  #: as its driver calls it
     driver: str = ""
@@ -34,13 +35,14 @@ class Result:
 
     @property
     def us(self) -> dict[str, float]:
-        """Median microseconds by rows."""
-        return {rows: statistics.median(times) for rows, times in self.samples.items()}
+        """Median microseconds by step."""
+        return {label: statistics.median(times) for label, times in self.samples.items()}
 
     @property
-    def total_us(self) -> float:
-        """Over all numbers of rows; what a candidate is chosen by."""
-        return sum(self.us.values())
+    def cost_us(self) -> float:
+        """What a candidate is chosen by: the geometric mean over its steps, so that none counts for
+        more because it takes longer."""
+        return statistics.geometric_mean(self.us.values())
 
 
 class Journal:

@@ -16,9 +16,8 @@ from typing import Any
 from sinterlm.artifact.memo import digest_json
 from sinterlm.backends.gpu.objects import Object, sources_sha256, triton_version
 from sinterlm.backends.gpu.table import Kernel
-from sinterlm.tune.candidates import Cut, cuts_for, kernel_of
 from sinterlm.tune.journal import Journal, Result
-from sinterlm.tune.tasks import Task
+from sinterlm.tune.tasks import Cut, Task
 from sinterlm.tune.timer import Timer, TrialFailed
 
 #: Code object or what is wrong with it, of each kernel.
@@ -36,7 +35,7 @@ class Search:
     best: Cut | None = None
 
     def __post_init__(self) -> None:
-        self.space = cuts_for(self.task)
+        self.space = self.task.cuts()
         self._drawn = random.Random(self.task.name).sample(self.space, len(self.space))
 
     def next(self, count: int) -> list[tuple[Cut, Kernel]]:
@@ -51,7 +50,7 @@ class Search:
             is_third = (len(self.tried) + len(found)) % 3 == 2
             cut = next(c for c in drawn if c in left) if is_third else next(iter(left))
             del left[cut]
-            kernel = kernel_of(cut, self.task)
+            kernel = self.task.kernel_of(cut)
             if kernel is None:
                 self.space.remove(cut)
             else:
@@ -62,7 +61,7 @@ class Search:
         """Note how a candidate did."""
         self.tried[cut] = kernel, result
         if result.state == "measured" and (
-            self.best is None or result.total_us < self.tried[self.best][1].total_us
+            self.best is None or result.cost_us < self.tried[self.best][1].cost_us
         ):
             self.best = cut
 
@@ -115,12 +114,12 @@ class Tuner:
         if task.name in self._referred:
             return
         self._referred.add(task.name)
-        if kernel_of(Cut.of(task.start), task) == kernel:
+        if task.kernel_of(task.cut_of(task.start)) == kernel:
             return
         (made,) = self.compile([replace(task.start, id=0)])
         if not isinstance(made, str):
             with suppress(TrialFailed):
-                self.timer.time(task.trial(task.start), [made], steps_of(task))
+                self.timer.time(task.trial(task.start), [made])
 
     def _try(self, task: Task, cut: Cut, kernel: Kernel, made: Object | str) -> Result:
         facts: dict[str, Any] = {
@@ -130,32 +129,26 @@ class Tuner:
         if isinstance(made, str):
             return Result(**facts, state="refused", why=made[:500])
         try:
-            timing = self.timer.time(task.trial(kernel), [made], steps_of(task))
+            timing = self.timer.time(task.trial(kernel), [made])
         except TrialFailed as exc:
             return Result(**facts, state="failed", why=str(exc)[:500])
-        rows = map(str, task.rows)
+        labels = map(task.label, task.steps)
         return Result(
-            **facts, state="measured", samples=dict(zip(rows, timing.samples, strict=True))
+            **facts, state="measured", samples=dict(zip(labels, timing.samples, strict=True))
         )  # fmt: skip
-
-
-def steps_of(task: Task) -> list[tuple[int, int]]:
-    """(tokens, sampled rows) of the steps that a task is timed at."""
-    return [(rows, rows if task.is_head else 0) for rows in task.rows]
 
 
 def key_of(task: Task, kernel: Kernel) -> str:
     """Key of all that decides a measurement, but for device and driver."""
     made_of = [kernel.name, [str(axis) for axis in kernel.grid], kernel.constants, kernel.options]
-    return digest_json(
-        ["trial", task.device.name, made_of, task.rows, sources_sha256(), triton_version()]
-    )
+    steps = [vars(step) for step in task.steps]
+    return digest_json(["trial", task.target, made_of, steps, sources_sha256(), triton_version()])
 
 
 def _line(search: Search, result: Result) -> str:
     cut = " ".join(f"{name}={value}" for name, value in result.cut.items())
     if result.state != "measured":
         return f"{result.task}: {cut}: {result.state}: {result.why.splitlines()[0]}"
-    times = ", ".join(f"{us:.1f} us at {rows}" for rows, us in result.us.items())
+    times = ", ".join(f"{us:.1f} us at {label}" for label, us in result.us.items())
     is_best = search.best is not None and vars(search.best) == result.cut
     return f"{result.task}: {cut}: {times}{' (best so far)' if is_best else ''}"

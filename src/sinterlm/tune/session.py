@@ -20,10 +20,11 @@ from sinterlm.backends.gpu.devices import DEVICES
 from sinterlm.backends.gpu.tuning import TileTable, parse_tiles, read_tiles, tuned_path
 from sinterlm.errors import ResourceError, UsageError
 from sinterlm.options import CompileOptions
-from sinterlm.tune.choice import Chosen, choose, tuned_table
+from sinterlm.tune.catalogue import Sizes, tasks_of
+from sinterlm.tune.choice import Chosen, choose, rates_of, tuned_table
 from sinterlm.tune.journal import Journal
 from sinterlm.tune.search import Search, Tuner
-from sinterlm.tune.tasks import nothing, tasks_of
+from sinterlm.tune.tasks import nothing
 from sinterlm.tune.timer import Timer, TrialFailed, WorkerTimer
 
 #: Makes the timer from the host library and the seconds that a candidate may take.
@@ -34,8 +35,8 @@ MakeTimer = Callable[[bytes, float], AbstractContextManager[Timer]]
 class TuneOptions:
     """What is tuned, and for how long."""
 
-    ops: tuple[str, ...] = ()  #: () = all GEMMs
-    batch_sizes: tuple[int, ...] = (1, 16, 64, 512)  #: rows of the steps that are timed
+    ops: tuple[str, ...] = ()  #: () = all GEMMs, and attention
+    sizes: Sizes = Sizes()  # noqa: RUF009
     time_limit_s: float = float("inf")
     max_candidates: int = 48  #: of each op and number of rows
     candidate_limit_s: float = 60.0  #: a candidate that takes longer has failed
@@ -77,13 +78,13 @@ def tune(
     device = backend.device
     # Not from what an earlier run left: the search then takes the same way again, and goes on.
     tiles = backend.tiles if options.tiles is not None else read_tiles(device.name)
-    tasks = tasks_of(plan, device, tiles, wanted.ops, wanted.batch_sizes)
+    tasks = tasks_of(plan, device, tiles, wanted.ops, wanted.sizes)
     output = wanted.output or tuned_path(job.cache.root, device.name)
     before = _read(output, device.name)
     progress.stage("tune tiles")
     with make_timer(library.host_library(job.cache.memo), wanted.candidate_limit_s) as timer:
         try:
-            found = timer.time(nothing(tiles), [], [])
+            found = timer.time(nothing(tiles), [])
         except TrialFailed as exc:
             raise ResourceError(f"the device cannot be opened: {exc}") from exc
         with disk_errors(output.parent, "give another --output"):
@@ -161,10 +162,11 @@ def _row(chosen: Chosen, searches: Sequence[Search]) -> dict[str, Any]:
     start = search.tried.get(search.space[0])
     measured = start is not None and start[1].state == "measured"
     return {
-        "task": task.name, "weights_bytes": task.matrix.nbytes, "candidates": len(search.tried),
+        "task": task.name, "bytes": {task.label(step): task.nbytes(step) for step in task.steps},
+        "candidates": len(search.tried),
         "us": result.us, "start_us": start[1].us if start and measured else None,
         "cut": result.cut, "options": kernel.options,
-        "gb_per_s": {rows: task.matrix.nbytes / us / 1e3 for rows, us in result.us.items()},
+        "gb_per_s": rates_of(task, result.us),
     }  # fmt: skip
 
 

@@ -39,12 +39,10 @@ class TrialFailed(Exception):
 class Timer(Protocol):
     """Times candidates."""
 
-    def time(
-        self, trial: Trial, made: Sequence[Object], steps: Sequence[tuple[int, int]]
-    ) -> Timing:
-        """``trial`` with its code objects in steps of (tokens, sampled rows). Raises TrialFailed,
-        also where its results are not those of the first of the task, and ResourceError where no
-        candidate could be timed."""
+    def time(self, trial: Trial, made: Sequence[Object]) -> Timing:
+        """``trial`` with its code objects, in each of its steps. Raises TrialFailed, also where
+        its results are not those of the first of the task, and ResourceError where no candidate
+        could be timed."""
         ...
 
 
@@ -73,20 +71,18 @@ class WorkerTimer:
         self._end()
         self._folder.cleanup()
 
-    def time(
-        self, trial: Trial, made: Sequence[Object], steps: Sequence[tuple[int, int]]
-    ) -> Timing:
+    def time(self, trial: Trial, made: Sequence[Object]) -> Timing:
         """See ``Timer``."""
         self._number += 1  # a name that the process has not loaded yet
         path = Path(self._folder.name) / f"trial-{self._number}.so"
         kernels = trial.table.kernels
         objects = [replace(o, kernel=k) for o, k in zip(made, kernels, strict=True)]
         path.write_bytes(join(self._host, archive(trial.table.to_text(), objects)))
-        most = max((tokens for tokens, _ in steps), default=1)
         reference = Path(self._folder.name) / f"{trial.task}.npz"
-        job = {"library": str(path), "max_tokens": most, "steps": list(steps),
-               "train": asdict(trial.train), "reference": str(reference),
-               "outputs": trial.outputs}  # fmt: skip
+        steps = [{"step": asdict(step), "train": asdict(train)} for step, train in trial.steps]
+        job = {"library": str(path), "steps": steps, "pages": trial.pages,
+               "reference": str(reference), "outputs": trial.outputs,
+               "checked_rows": trial.checked_rows}  # fmt: skip
         try:
             answer = self._ask(job)
         finally:
@@ -97,7 +93,7 @@ class WorkerTimer:
             if answer["is_setup"] and not self._has_worked:
                 raise ResourceError(answer["error"])
             raise TrialFailed(answer["error"])
-        self._has_worked = self._has_worked or bool(steps)
+        self._has_worked = self._has_worked or bool(trial.steps)
         return Timing(answer["device"], answer["driver"], answer["samples"])
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:

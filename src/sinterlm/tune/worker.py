@@ -2,10 +2,10 @@
 
     python -m sinterlm.tune.worker        jobs as JSON lines on stdin, answers on stdout
 
-A job is {"library", "max_tokens", "steps": [[tokens, rows], …], "train", "outputs", "reference"};
-its answer {"device", "driver", "samples": [[µs, …], …]}, or {"error", "is_setup"}: whether it lies
-in driver, device or memory, which no other candidate would help. What the outputs hold is kept in
-the file ``reference``, or held against it where there is one.
+A job is {"library", "steps": [{"step", "train"}, …], "pages", "outputs", "checked_rows",
+"reference"}; its answer {"device", "driver", "samples": [[µs, …], …]}, or {"error",
+"is_setup"}: whether it lies in driver, device or memory, which no other candidate would help. What
+the outputs hold is kept in the file ``reference``, or held against it where there is one.
 """
 
 from __future__ import annotations
@@ -20,32 +20,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, SinterError
-from sinterlm.runtime.device_probe import TimedLibrary, Train
-
-#: Of a step, that outputs are held against the reference's.
-_ROWS = 64
+from sinterlm.runtime.device_probe import Step, TimedLibrary, Train
 
 
 def time_job(job: dict[str, Any]) -> dict[str, Any]:
     """The answer to one job."""
     try:
-        with TimedLibrary(Path(job["library"]), job["max_tokens"]) as library:
+        steps = [(Step(**one["step"]), Train(**one["train"])) for one in job["steps"]]
+        with TimedLibrary(Path(job["library"]), [s for s, _ in steps], job["pages"]) as library:
             facts = library.describe()
-            train = Train(**job["train"])
-            if job["steps"]:
-                _check_outputs(library, job)
-            samples = [library.time(0, tokens, rows, train) for tokens, rows in job["steps"]]
+            if steps:
+                _check_outputs(library, job, steps[-1][0])
+            samples = [library.time(0, step, train) for step, train in steps]
     except SinterError as exc:
         return {"error": str(exc), "is_setup": isinstance(exc, BundleError | ResourceError)}
     return {"device": facts["device"], "driver": facts["driver"], "samples": samples}
 
 
-def _check_outputs(library: TimedLibrary, job: dict[str, Any]) -> None:
-    """Raises RuntimeFault where they are not the reference's."""
-    tokens, rows = job["steps"][-1]
-    units = min(rows or tokens, _ROWS)
-    names = [(name, kind, nbytes * units) for name, kind, nbytes in job["outputs"]]
-    found = library.outputs(0, tokens, rows, names)
+def _check_outputs(library: TimedLibrary, job: dict[str, Any], step: Step) -> None:
+    """Raises RuntimeFault where those of ``step`` are not the reference's."""
+    rows = min(step.rows or step.tokens, job["checked_rows"])
+    names = [(name, kind, nbytes * rows) for name, kind, nbytes in job["outputs"]]
+    found = {n: a.reshape(rows, -1) for n, a in library.outputs(0, step, names).items()}
     path = Path(job["reference"])
     if not path.exists():
         new = path.with_suffix(".new")
@@ -62,12 +58,12 @@ def _check_outputs(library: TimedLibrary, job: dict[str, Any]) -> None:
 
 
 def error_share(found: NDArray[np.float32], want: NDArray[np.float32]) -> float:
-    """Largest |found - want| over its bound: two steps of bf16, and as much of the largest number;
-    inf for what is not finite."""
+    """Largest |found - want| of [rows, …] over its bound: two steps of bf16, and as much of the
+    largest number of the row; inf for what is not finite."""
     if not (np.isfinite(found).all() and np.isfinite(want).all()):
         return float("inf")
     a, b = found.astype(np.float64), want.astype(np.float64)
-    bound = 2.0**-7 * np.abs(b) + 2.0**-9 * np.abs(b).max() + 1e-30
+    bound = 2.0**-7 * np.abs(b) + 2.0**-9 * np.abs(b).max(-1, keepdims=True) + 1e-30
     return float((np.abs(a - b) / bound).max())
 
 

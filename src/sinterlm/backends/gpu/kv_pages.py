@@ -27,22 +27,26 @@ def kv_scales(graph: Graph, layer: int, fp8: str) -> tuple[np.float32, np.float3
 
 
 def keys_of_tile(
-    entry: Entry, device: Device, fp8: str, head_dim: int, is_decode: bool
+    entry: Entry, device: Device, fp8: str, head_dim: int, is_decode: bool, has_window: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Keys of a tile of attention, and options. In fp8 each thread loads 16 bytes for decoding
-    rows, by fewer warps where heads are narrow, and 8 for prompts, by more keys: registers end
-    there. Where fp8 is widened by whole numbers, which takes registers, a tile has half of the
-    keys."""
-    tile, options = entry.tile["TILE"], entry.options
-    warps, warp = options["num_warps"], device.warp
-    if not fp8:
+    """Keys of a tile of attention, and options; an entry that was measured has both.
+
+    Each thread loads 16 bytes for decoding rows, by fewer warps where heads are narrow, and of fp8
+    8 for prompts, by more keys: registers end there. Decoding rows take half of the keys where fp8
+    is widened by whole numbers, which takes registers, and where they have a window and warps have
+    64 threads: what is masked takes two scalar registers for each number of a thread."""
+    tile, options, warp = entry.tile["TILE"], entry.options, device.warp
+    if entry.made_for is not None:
         return tile, options
     if is_decode:
-        if device.rounding == "bits" and head_dim > 64:
+        is_widened = fp8 != "" and device.rounding == "bits" and head_dim > 64
+        if is_widened or (has_window and warp == 64):
             tile //= 2
-        most = max(1, tile * head_dim // 16 // warp)
-        return tile, {**options, "num_warps": min(warps, most)}
-    return max(tile, 8 * warps * warp // head_dim), options
+        most = max(1, tile * head_dim * (1 if fp8 else 2) // 16 // warp)
+        return tile, {**options, "num_warps": min(options["num_warps"], most)}
+    if fp8:
+        tile = max(tile, 8 * options["num_warps"] * warp // head_dim)
+    return tile, options
 
 
 def number(value: np.float32) -> str:

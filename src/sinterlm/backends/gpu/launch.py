@@ -37,8 +37,6 @@ MAX_SEQS = 256
 _ONE = Axis("1")
 _ALIGN = 256  #: bytes of the arenas' buffers per unit, so that pointers are aligned for any count
 
-#: Constants of a GEMM that its tile decides, or that follow from it and the device.
-TILE_CONSTANTS = ("BM", "BN", "BK", "SPLIT", "GROUP_M", "NUM_XCD", "CACHE", "DRAIN")
 #: Constants of a GEMM that its epilogue does not have.
 _PRODUCT_CONSTANTS = ("K", "A_PITCH")
 
@@ -47,11 +45,6 @@ def launch_table(plan: Plan, device: Device, tiles: TileTable | None = None) -> 
     """Every launch of a step; ``tiles`` None = the shipped ones. Raises UnsupportedModelError for a
     shape no kernel has."""
     return _Builder(plan, device, tiles or read_tiles(device.name)).build()
-
-
-def made_for(constants: dict[str, Any]) -> dict[str, Any]:
-    """What a GEMM is compiled for beside its tile."""
-    return {name: value for name, value in constants.items() if name not in TILE_CONSTANTS}
 
 
 class _Builder:
@@ -184,30 +177,17 @@ class _Builder:
         )  # fmt: skip
 
     def attention(self, op: ops.Attention) -> Launch:
-        """One kernel for steps of one token each, one for any; layers of one window share them."""
-        group = op.num_heads // op.num_kv_heads
+        """Kernels for steps of one token each, by the number of sequences where the table has it
+        so, and one for any; layers of one window share them."""
         slot = f"{op.kind}.window{op.window}" if op.window else op.kind
-        for which, kind in (("attention_decode", "decode"), ("attention", "any")):
-            entry = self.tiles.of(which)[0]
-            rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
-            segments, is_decode = entry.tile["SEGMENTS"], kind == "decode"
-            keys, options = keys_of_tile(entry, self.device, self.kv_fp8, op.head_dim, is_decode)
-            constants = {
-                "HKV": op.num_kv_heads, "GROUP": group, "D": op.head_dim, "SCALE": op.scale,
-                "WINDOW": op.window, "KV_FP8": self.kv_fp8, "DECODE": is_decode,
-                "SEQS": MAX_SEQS, "BM": rows, "TILE": keys, "SEGMENTS": segments,
-                "DRAIN": self.device.drain if segments > 1 else "",
-            }  # fmt: skip
-            blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
-            grid = (blocks, Axis("1", 1, op.num_kv_heads), Axis("1", 1, segments))
-            if segments > 1:
-                assert is_decode, "ranges of keys are sized per sequence"
-                parts = op.num_kv_heads * segments * rows * 4
-                self.need("part_o", "S", parts * op.head_dim)
-                self.need("part_ml", "S", parts * 2)
-                self.need("attention_counters", "S", op.num_kv_heads * 4)
-            self.choose(slot, op.layer, "attention", Entry(which, 0, {}, options, entry.source),
-                        constants, grid, "S", kind)  # fmt: skip
+        shape = {
+            "HKV": op.num_kv_heads, "GROUP": op.num_heads // op.num_kv_heads, "D": op.head_dim,
+            "SCALE": op.scale, "WINDOW": op.window, "KV_FP8": self.kv_fp8, "SEQS": MAX_SEQS,
+        }  # fmt: skip
+        for which, is_decode in (("attention_decode", True), ("attention", False)):
+            wanted = {**shape, "DECODE": is_decode}
+            for entry in self.tiles.of(which, made_for=wanted):
+                self.attend(slot, op.layer, entry, wanted)
         has_parts = any(name == "part_o" for name, _ in self.scratch)
         k_scale, v_scale = kv_scales(self.plan.graph, op.layer, self.kv_fp8)
         bound = {"k_base": f"k:{op.layer}", "v_base": f"v:{op.layer}",
@@ -216,6 +196,26 @@ class _Builder:
         if not has_parts:
             bound |= dict.fromkeys(("part_o", "part_ml", "counters"), "null")
         return Launch(slot, op.layer, self.bind("attention", bound))
+
+    def attend(self, slot: str, layer: int, entry: Entry, shape: dict[str, Any]) -> None:
+        """Offer the kernel of ``entry``, and see to what it leaves between ranges of keys."""
+        group, dim, heads = (int(shape[name]) for name in ("GROUP", "D", "HKV"))
+        is_decode, segments = bool(shape["DECODE"]), entry.tile["SEGMENTS"]
+        rows = max(entry.tile["BM"], 1 << (group - 1).bit_length())
+        keys, options = keys_of_tile(entry, self.device, self.kv_fp8, dim, is_decode,
+                                     shape["WINDOW"] > 0)  # fmt: skip
+        constants = {**shape, "BM": rows, "TILE": keys, "SEGMENTS": segments,
+                     "DRAIN": self.device.drain if segments > 1 else ""}  # fmt: skip
+        blocks = Axis("S") if is_decode else Axis("T", rows // group, 1, True)
+        if segments > 1:
+            assert is_decode, "ranges of keys are sized per sequence"
+            self.need("part_o", "S", heads * segments * rows * 4 * dim)
+            self.need("part_ml", "S", heads * segments * rows * 4 * 2)
+            self.need("attention_counters", "S", heads * 4)
+        taken = Entry(entry.kernel, entry.max_rows, {}, options, entry.source)
+        grid = (blocks, Axis("1", 1, heads), Axis("1", 1, segments))
+        kind = "decode" if is_decode else "any"
+        self.choose(slot, layer, "attention", taken, constants, grid, "S", kind)
 
     def head(self, op: ops.NormLmHeadSample) -> Iterator[Launch]:
         """Hidden states for whoever wants them, logits with the best of each block of them, and

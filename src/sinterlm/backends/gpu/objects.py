@@ -35,6 +35,8 @@ from sinterlm.errors import CompileError
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = ("kernels/*.py", "signatures.py", "worker.py")
+#: Kernels that add to what they find.
+IN_PLACE = ("residual_matmul", "residual_epilogue")
 #: Two more pointers behind a kernel's own arguments: scratch memory, which ours do not use.
 EXTRA_POINTERS = 2
 
@@ -132,6 +134,13 @@ def faults(made: Object, device: Device) -> list[str]:
         wrong.append(f"{facts['shared_bytes']} bytes of shared memory, of {device.shared_bytes}")
     if facts["registers"] > device.max_registers:
         wrong.append(f"{facts['registers']} registers, of {device.max_registers}")
+    waves = made.kernel.options.get("waves_per_eu", 0)
+    if (facts.get("occupancy") or waves) < waves:
+        wrong.append(f"{facts['occupancy']} waves per SIMD, of {waves} that were asked for")
+    # Whoever holds the same number in two threads reads it again after one of them has stored it.
+    threads = made.kernel.options["num_warps"] * device.warp
+    if made.kernel.name in IN_PLACE and constants["BM"] * constants["BN"] < threads:
+        wrong.append(f"{constants['BM'] * constants['BN']} numbers in place for {threads} threads")
     if not facts["is_ordered"]:
         wrong.append("its stores are not waited for before it counts them as done")
     if "BM" in constants:  # whatever streams weights, pages or sums

@@ -10,7 +10,7 @@ from typing import Any
 
 from sinterlm.backends.gpu.devices import Rounding
 from sinterlm.backends.gpu.tuning import Stored
-from sinterlm.ir.plan import PITCH_PADDING, PackedTensor
+from sinterlm.ir.plan import PackedTensor, pitch_of
 from sinterlm.ir.quant import PANEL_COLUMNS, GemmFormat, PanelShape
 
 #: Constants of a kernel that reads bf16 in tiles; in rows, W_PITCH is the elements of one.
@@ -40,7 +40,7 @@ def operand(tensor: PackedTensor, rounding: Rounding = "cvt") -> Operand:
     """How ``tensor`` is read, and what activations beside it are rounded to fp8 by, if they are."""
     form, at = tensor.format, tensor.offset
     if form is None and tensor.kind == "pitched":
-        pitched = {**WIDE, "W_PITCH": tensor.k + PITCH_PADDING}
+        pitched = {**WIDE, "W_PITCH": pitch_of(tensor.k)}
         return Operand(pitched, (f"weight:{at}", "null", "null"), "bf16", "")
     if form is None:
         return Operand(WIDE, (f"weight:{at}", "null", "null"), "bf16", "")

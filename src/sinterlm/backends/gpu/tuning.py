@@ -23,8 +23,14 @@ _TABLES = Path(__file__).with_name("tiles")
 TUNED = "tuned"
 #: How the source of an entry begins that a device chose.
 MEASURED = "measured on "
-#: What a GEMM's entry must say of its tile; other kernels have other words.
+#: What the entries of GEMMs and of attention must say of their tiles; other kernels have other
+#: words.
 GEMM_TILE = ("BM", "BN", "BK", "GROUP_M", "MIN_PROGRAMS", "MAX_SPLIT")
+ATTENTION_TILE = ("BM", "TILE", "SEGMENTS")
+ATTENTION = ("attention", "attention_decode")
+#: Constants of a GEMM or of attention that its tile decides, or that follow from both.
+_TILE_CONSTANTS = ("BM", "BN", "BK", "SPLIT", "GROUP_M", "NUM_XCD", "CACHE", "DRAIN", "TILE",
+                   "SEGMENTS")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,9 @@ class Entry:
     weights: Stored = "bf16"
     #: All other constants of the one kernel that was measured; None = it is for any.
     made_for: dict[str, Any] | None = None
-    us: dict[str, float] = field(default_factory=dict)  #: microseconds by rows, where measured
-    gb_per_s: dict[str, float] = field(default_factory=dict)  #: of weights, by rows
+    #: Microseconds, where measured, by rows; of attention by sequences x keys, or tokens.
+    us: dict[str, float] = field(default_factory=dict)
+    gb_per_s: dict[str, float] = field(default_factory=dict)  #: of weights, or of keys and values
 
 
 @dataclass(frozen=True)
@@ -147,16 +154,24 @@ def _parse_entry(data: Any) -> Entry:
     wrong = [
         name
         for held, names in ((tile, GEMM_TILE if "BK" in tile else ()),
+                            (tile, ATTENTION_TILE if entry.kernel in ATTENTION else ()),
                             (options, ("num_warps", "num_stages")))
         for name in names
         if not isinstance(held.get(name), int) or held[name] < 1
     ]  # fmt: skip
-    powers = ("BM", "BN", "BK", "MAX_SPLIT")
+    powers = ("BM", "BN", "BK", "MAX_SPLIT", "TILE")
+    if entry.kernel == "attention" and tile.get("SEGMENTS") != 1:
+        wrong.append("SEGMENTS")  # of a prompt, whose tiles have no place to leave them
     wrong += [n for n in powers if n in tile and tile[n] & (tile[n] - 1)]
     if wrong:
         raise ValueError(f"the entry of {entry.kernel} for {data['max_rows']} rows has no "
                          f"usable {', '.join(wrong)}")  # fmt: skip
     return entry
+
+
+def made_for(constants: dict[str, Any]) -> dict[str, Any]:
+    """What a GEMM or attention is compiled for beside its tile."""
+    return {name: value for name, value in constants.items() if name not in _TILE_CONSTANTS}
 
 
 def divisor(wanted: int, of: int) -> int:

@@ -62,14 +62,14 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "shared_bytes": made.metadata.shared,
         "scratch_bytes": [made.metadata.global_scratch_size, made.metadata.profile_scratch_size],
     }
-    read = _amd_facts if vendor == "hip" else _nvidia_facts
-    return {
-        "object": base64.b64encode(code).decode(),
-        "facts": facts | read(made.asm, code),
-    }
+    if vendor == "hip":
+        facts |= _amd_facts(made.asm, made.metadata.num_warps)
+    else:
+        facts |= _nvidia_facts(made.asm, code)
+    return {"object": base64.b64encode(code).decode(), "facts": facts}
 
 
-def _amd_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
+def _amd_facts(asm: dict[str, Any], waves: int) -> dict[str, Any]:
     """Registers, spills and instructions, from the assembly."""
     text = asm["amdgcn"]
 
@@ -94,13 +94,14 @@ def _amd_facts(asm: dict[str, Any], code: bytes) -> dict[str, Any]:
         "byte_loads": len(
             re.findall(r"(?:buffer|global)_load_(?:d16_\w*)?(?:[us]byte|[ui]8)", text)
         ),
-        "is_ordered": _amd_counts_after_stores(text),
+        "is_ordered": _amd_counts_after_stores(text, waves),
     }
 
 
-def _amd_counts_after_stores(text: str) -> bool:
+def _amd_counts_after_stores(text: str, waves: int) -> bool:
     """Whether before every atomic addition each wave waits for its stores, then for the others:
-    ``s_waitcnt`` on vmcnt (or storecnt) 0 with no store behind it, then ``s_barrier``."""
+    ``s_waitcnt`` on vmcnt (or storecnt) 0 with no store behind it, then ``s_barrier``, of which a
+    wave that is alone has none."""
     pending, drained, joined = False, True, True
     for line in text.splitlines():
         word = line.split(";")[0].strip()
@@ -109,6 +110,7 @@ def _amd_counts_after_stores(text: str) -> bool:
         elif re.match(r"s_waitcnt\b.*vmcnt\(0\)|s_wait_storecnt(_dscnt)? 0x0|s_waitcnt_vscnt.*0x0",
                       word):  # fmt: skip
             drained = True
+            joined = joined or waves == 1
         elif word.startswith(("s_barrier", "s_barrier_wait")):
             joined = joined or drained
         elif re.match(r"(buffer|global|flat)_atomic_add", word) and pending and not joined:

@@ -76,9 +76,19 @@ inline sl_status upload_file(Model& m, const char* path, int64_t bytes, char* to
 }
 
 // Numbers that are finite in every type that kernels read, and as uneven as weights are: zeros
-// would flatter a device whose clock depends on how many bits change. Waits.
-inline sl_status fill_noise(Model& m, char* to, int64_t bytes, bool is_positive = false) {
+// would flatter a device whose clock depends on how many bits change. Of each 16 bits some are
+// drawn: of a bf16 the sign, the lowest bit of the exponent and five of the mantissa, so that no
+// byte is an fp8 without a value; the others say how large it is. Waits.
+enum class Noise : uint16_t {
+  kWeights = 0x3C20,  // around 0.02, bytes as fp8 around 1
+  kUnit = 0x3F20,     // around 1, bytes as fp8 too: scores of such queries and keys are uneven
+};
+inline sl_status fill_noise(Model& m, char* to, int64_t bytes, Noise size = Noise::kWeights,
+                            bool is_positive = false) {
   constexpr int64_t kPiece = int64_t{16} << 20;
+  constexpr uint64_t kEach = 0x0001000100010001;
+  const uint64_t drawn = (is_positive ? 0x009F : 0x809F) * kEach;
+  const uint64_t fixed = static_cast<uint16_t>(size) * kEach;
   Memory piece;
   SL_TRY(piece.allocate_host(m.driver, std::min(bytes, kPiece) + 8));
   uint64_t state = 1;
@@ -86,9 +96,7 @@ inline sl_status fill_noise(Model& m, char* to, int64_t bytes, bool is_positive 
     state ^= state << 13;  // Marsaglia's xorshift
     state ^= state >> 7;
     state ^= state << 17;
-    // Of each 16 bits the sign, the lowest bit of the exponent and the mantissa of a bf16.
-    const uint64_t kept = is_positive ? 0x00FF00FF00FF00FF : 0x80FF80FF80FF80FF;
-    const uint64_t word = (state & kept) | 0x3C003C003C003C00;
+    const uint64_t word = (state & drawn) | fixed;
     std::memcpy(piece.data() + at, &word, 8);
   }
   for (int64_t at = 0; at < bytes; at += kPiece)
@@ -254,6 +262,8 @@ inline sl_status kv_alloc(Model& m, const sl_kv_args& a, sl_kv* out) {
     m.kv_blocks.pop_back();
     return made;
   }
+  if (m.args.flags & SL_OPEN_NOISE)
+    SL_TRY(fill_noise(m, m.kv_blocks.back().data(), layer * m.shape.num_layers, Noise::kUnit));
   std::vector<void*> bases;
   for (int i = 0; i < m.shape.num_layers; ++i)
     bases.push_back(m.kv_blocks.back().data() + layer * i);

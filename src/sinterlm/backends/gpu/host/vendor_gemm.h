@@ -190,7 +190,7 @@ class VendorGemm {
     const Kernel& k = t.kernels[kernel];
     int64_t pitch = k.pitch;
 #ifdef SL_MUTATE_GEMM_PITCH
-    pitch = k.K;
+    pitch += 64;
 #endif
     void* w = nullptr;
     SL_TRY(layout(kBf16, k.K, k.N, pitch, &w));
