@@ -99,12 +99,12 @@ def watch(engine: Engine) -> None:
     scheduler = engine.scheduler
     decide = scheduler.schedule
 
-    def schedule(*, max_steps: int = 1) -> Schedule:
+    def schedule(*, max_steps: int = 1, prompts_first: bool = False) -> Schedule:
         decoding = {r for r in scheduler._running if r.num_uncomputed == 1}
-        decided = decide(max_steps=max_steps)
+        decided = decide(max_steps=max_steps, prompts_first=prompts_first)
         assert 1 <= decided.num_steps <= max_steps
         check_queues(engine, decided)
-        check_room(engine, decided, decoding)
+        check_room(engine, decided, decoding, prompts_first)
         check_pages(engine)
         return decided
 
@@ -126,7 +126,9 @@ def check_queues(engine: Engine, decided: Schedule) -> None:
     assert len(set(slots)) == len(slots) and all(slot >= 0 for slot in slots)
 
 
-def check_room(engine: Engine, decided: Schedule, decoding: set[object]) -> None:
+def check_room(
+    engine: Engine, decided: Schedule, decoding: set[object], prompts_first: bool
+) -> None:
     limits = engine.step_limits
     used = decided.num_tokens
     rows = sum(chunk.num_rows for chunk in decided.chunks)
@@ -136,6 +138,8 @@ def check_room(engine: Engine, decided: Schedule, decoding: set[object]) -> None
     most_prefill = limits.max_mixed_prefill_tokens if decodes else limits.max_num_batched_tokens
     assert prefill <= most_prefill
     left_out = set(engine.scheduler._running) - {c.request for c in decided.chunks}
+    if prompts_first and not decodes and decided.chunks:
+        left_out -= decoding  # they wait for prompts
     assert not left_out & decoding or used == limits.max_num_batched_tokens
     if left_out:
         full = used == limits.max_num_batched_tokens or rows == limits.max_sample_rows
@@ -154,7 +158,9 @@ def check_pages(engine: Engine) -> None:
             assert holders[page] == 1, "a page that is not full is shared"
 
 
-def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
+def replay(
+    engine: Engine, requests: list[Ask], *, prompts_first: bool = False
+) -> list[RequestOutput]:
     watch(engine)
     done: dict[str, RequestOutput] = {}
     pending = sorted(range(len(requests)), key=lambda i: (requests[i].arrival, i))
@@ -166,7 +172,10 @@ def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
             engine.add_request(
                 str(i), ask.prompt, ask.params, priority=ask.priority, cache_salt=ask.cache_salt
             )
-        deltas = engine.step(max_steps=1 if pending else engine.step_limits.num_scheduler_steps)
+        deltas = engine.step(
+            max_steps=1 if pending else engine.step_limits.num_scheduler_steps,
+            prompts_first=prompts_first,
+        )
         done |= {d.request_id: d.output for d in deltas if d.output is not None}
         step += 1
         assert step < 5000, "starved"
@@ -185,6 +194,7 @@ def replay(engine: Engine, requests: list[Ask]) -> list[RequestOutput]:
     prefix_caching=st.booleans(),
     num_speculative_tokens=st.sampled_from([0, 0, 1, 4]),
     num_scheduler_steps=st.sampled_from([1, 2, 5]),
+    prompts_first=st.booleans(),
 )
 def test_any_schedule_gives_the_tokens_of_running_alone(
     requests: list[Ask],
@@ -197,6 +207,7 @@ def test_any_schedule_gives_the_tokens_of_running_alone(
     prefix_caching: bool,
     num_speculative_tokens: int,
     num_scheduler_steps: int,
+    prompts_first: bool,
 ) -> None:
     longest = max(len(a.prompt) + a.params.max_tokens - 1 for a in requests)
     engine = make_engine(
@@ -211,7 +222,7 @@ def test_any_schedule_gives_the_tokens_of_running_alone(
         num_speculative_tokens=num_speculative_tokens,
         num_scheduler_steps=num_scheduler_steps,
     )
-    outputs = replay(engine, requests)
+    outputs = replay(engine, requests, prompts_first=prompts_first)
     stats = engine.stats()
     assert stats.kv_pages_used == 0
     assert engine._model.most_seqs <= max_num_seqs
@@ -281,6 +292,32 @@ def test_decodes_go_before_prefill_chunks() -> None:
     engine.add_request("prefill", [2] * 30, params)
     for _ in range(5):  # three prompt tokens a step beside the decode: it never waits
         assert [d.request_id for d in engine.step()] == ["decode"]
+
+
+def test_decodes_wait_for_prompts_that_fill_half_a_step() -> None:
+    engine = make_engine(max_num_batched_tokens=16, page_tokens=4, max_mixed_prefill_tokens=4)
+    params = SamplingParams(max_tokens=30, temperature=0.0)
+    engine.add_request("decode", [1], params)
+    engine.step(prompts_first=True)
+    engine.add_request("long", [2] * 20, params)
+    assert engine.step(prompts_first=True) == []  # 16 tokens of the prompt, alone
+    drew = [d.request_id for d in engine.step(prompts_first=True)]
+    assert drew == ["decode", "long"]  # the 4 that were left, beside the decode
+    engine.add_request("half", [3] * 8, params)
+    assert [d.request_id for d in engine.step(prompts_first=True)] == ["half"]
+    engine.add_request("short", [4] * 3, params)
+    drew = [d.request_id for d in engine.step(prompts_first=True)]
+    assert drew == ["decode", "long", "half", "short"]
+
+
+def test_prompts_without_pages_do_not_keep_decodes_waiting() -> None:
+    engine = make_engine(num_pages=6, page_tokens=4, max_num_batched_tokens=16)
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    for name in ("a", "b", "c"):
+        engine.add_request(name, [1] * 12, params)
+    for _ in range(60):
+        engine.step(prompts_first=True)
+    assert not engine.has_unfinished
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:

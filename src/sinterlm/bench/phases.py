@@ -85,11 +85,15 @@ class PhasedEngine(Engine):
         self._builder = _PhasedBuilder(self.step_limits, max_pages, phases)
 
     def step(
-        self, *, max_steps: int = 1, launching: Callable[[], None] | None = None
+        self,
+        *,
+        max_steps: int = 1,
+        prompts_first: bool = False,
+        launching: Callable[[], None] | None = None,
     ) -> list[Delta]:
         """Run one step, as ``Engine.step`` does."""
         start = time.perf_counter()
-        deltas = super().step(max_steps=max_steps, launching=launching)
+        deltas = super().step(max_steps=max_steps, prompts_first=prompts_first, launching=launching)
         self.phases.engine_s += time.perf_counter() - start
         return deltas
 
@@ -134,9 +138,9 @@ class _PhasedScheduler(Scheduler):
         super().__init__(pool, limits, counters, prefix_caching=False)
         self._phases = phases
 
-    def schedule(self, *, max_steps: int = 1) -> Schedule:
+    def schedule(self, *, max_steps: int = 1, prompts_first: bool = False) -> Schedule:
         start = time.perf_counter()
-        done = super().schedule(max_steps=max_steps)
+        done = super().schedule(max_steps=max_steps, prompts_first=prompts_first)
         self._phases.book("schedule", start)
         return done
 

@@ -175,12 +175,17 @@ class Engine:
             self.scheduler.add(request)
 
     def step(
-        self, *, max_steps: int = 1, launching: Callable[[], None] | None = None
+        self,
+        *,
+        max_steps: int = 1,
+        prompts_first: bool = False,
+        launching: Callable[[], None] | None = None,
     ) -> list[Delta]:
         """Run one step of everything that fits in it; what it drew, one delta for each token.
 
         Up to ``max_steps`` of them, where nobody can tell the difference but by the clock: what is
-        added, aborted or past its deadline meanwhile waits for them all.
+        added, aborted or past its deadline meanwhile waits for them all. ``prompts_first`` is for
+        callers who wait for whole answers: nothing decodes while prompts fill half a step.
         First, whatever is past its deadline ends; with a delta too, which has no token. After an
         exception only ``reset`` may follow: pages were promised what was not computed.
         ``launching`` is called last before the model runs: whom it wakes has the interpreter to
@@ -189,7 +194,7 @@ class Engine:
         self._lower_switch_interval()
         now = time.perf_counter()
         deltas = self._expire(now)
-        schedule = self.scheduler.schedule(max_steps=max_steps)
+        schedule = self.scheduler.schedule(max_steps=max_steps, prompts_first=prompts_first)
         for chunk in schedule.chunks:
             chunk.request.group.begin(now)
         if schedule.chunks:

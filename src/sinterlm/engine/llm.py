@@ -349,7 +349,7 @@ class LLM:
             ids = self._add_all(engine, prompts, params)
             most = engine.step_limits.num_scheduler_steps
             while engine.has_unfinished:
-                for delta in engine.step(max_steps=most):
+                for delta in engine.step(max_steps=most, prompts_first=True):
                     if delta.output is not None:
                         finished[delta.request_id] = delta.output
                         if use_tqdm:

@@ -2,9 +2,10 @@
 
 By priority, then first come, first served. Decodes go first, then prefill chunks, then guesses for
 decodes, all under one budget of tokens; beside decodes, prefill gets a budget of its own, so that
-no decode waits long. When pages run out, or a seat for a request of a better priority, the last in
-order gives its pages up and is recomputed later. Pure Python; decides, never computes. Refuses a
-request that could not finish even alone.
+no decode waits long. Where nobody waits for single tokens, prompts may go first instead: then all
+decode together, in fewer steps. When pages run out, or a seat for a request of a better priority,
+the last in order gives its pages up and is recomputed later. Pure Python; decides, never computes.
+Refuses a request that could not finish even alone.
 
 Why nobody of one priority starves: whatever runs stands, within its priority, before whatever
 waits, and only a later one in order (or the request itself, when it is the last) is ever preempted;
@@ -110,14 +111,18 @@ class Scheduler:
         self.check_fits(request.tokens.num_prompt, request.max_total_tokens)
         insort(self._waiting, request, key=_ORDER)
 
-    def schedule(self, *, max_steps: int = 1) -> Schedule:
+    def schedule(self, *, max_steps: int = 1, prompts_first: bool = False) -> Schedule:
         """Decide the next step. Empty only when there is nothing to do.
 
-        With ``max_steps`` above 1 it may be one that runs on by itself for so many.
+        With ``max_steps`` above 1 it may be one that runs on by itself for so many. With
+        ``prompts_first`` decodes wait while prompts fill half a step.
         """
         plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_sample_rows)
-        self._plan_decodes(plan)
+        if not prompts_first or not self._prompts_fill(plan.num_tokens // 2):
+            self._plan_decodes(plan)
         self._plan_prefills(plan)
+        if not plan.chunks:
+            self._plan_decodes(plan)  # prompts could not go first: their pages are in use
         self._plan_drafts(plan)
         for request, chunk in plan.chunks.items():
             known = request.num_computed + chunk.num_tokens - chunk.num_drafts
@@ -242,13 +247,25 @@ class Scheduler:
 
     # -- prefills --------------------------------------------------------------------------------
 
+    def _prompts_fill(self, num_tokens: int) -> bool:
+        """Whether prompts that run, or have seats and pages to start, are so many tokens."""
+        due = sum(r.num_uncomputed for r in self._running if r.num_uncomputed > 1)
+        pages = self.pool.num_free
+        for request in self._waiting[: len(self._free_slots)]:
+            pages -= self.pool.pages_for(request.num_tokens)
+            if due >= num_tokens or pages < 0:
+                break
+            due += request.num_uncomputed
+        return due >= num_tokens
+
     def _plan_prefills(self, plan: _Plan) -> None:
         """Chunks of prompts, running and waiting, in order.
 
         A prompt that does not fit leaves a quarter of the room to those behind it: short prompts
         need not wait for a long one, which takes at most 4/3 as long. What they leave it gets back.
         """
-        running = deque(r for r in self._running if r not in plan.chunks)
+        prompts = (r for r in self._running if r.num_uncomputed > 1)  # and no decode that waits
+        running = deque(r for r in prompts if r not in plan.chunks)
         most = self.limits.max_num_batched_tokens
         left = self.limits.max_mixed_prefill_tokens if plan.chunks else most
         may_start = not plan.preempted  # else pages are short, and belong to those who run
