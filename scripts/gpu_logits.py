@@ -64,11 +64,11 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Into an ``.npz``."""
-        wide = {} if self.fp32 is None else {"fp32": self.fp32}
-        np.savez(
-            path, pieces=self.pieces, lengths=[len(ids) for ids in self.sequences],
-            tokens=np.concatenate(self.sequences), bf16=self.bf16, **wide,
-        )  # fmt: skip
+        held: dict[str, Any] = {
+            "pieces": self.pieces, "lengths": [len(ids) for ids in self.sequences],
+            "tokens": np.concatenate(self.sequences), "bf16": self.bf16,
+        }  # fmt: skip
+        np.savez(path, **held if self.fp32 is None else {**held, "fp32": self.fp32})
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -102,7 +102,7 @@ def reference(model: str) -> Reference:
     return Reference(PIECES, sequences, bf16, fp32)
 
 
-def sizes() -> dict[str, int]:
+def sizes() -> dict[str, Any]:
     """What a ``Model`` must be opened for."""
     rows = max(*PIECES, len(PIECES))
     return {"max_tokens": rows, "max_seqs": len(PIECES), "max_sample_rows": rows,

@@ -149,7 +149,7 @@ def check_logits(args: argparse.Namespace) -> dict[str, Any]:
 
 def checkpoint(args: argparse.Namespace, size: str) -> str:
     """The small or the large model."""
-    return str(TRAINED) if size == "small" else args.model
+    return str(TRAINED if size == "small" else args.model)
 
 
 def reference_path(args: argparse.Namespace, size: str) -> Path:

@@ -29,7 +29,7 @@ def waves_of(made: Object, device: Device) -> int:
     """Waves (warps) of a SIMD by registers alone: AMD's as the compiler reckons them, and what an
     entry's ``waves_per_eu`` caps."""
     if device.vendor == "hip":
-        return made.facts["occupancy"] or 0
+        return int(made.facts["occupancy"] or 0)
     pieces = max(1, -(-made.facts["registers"] // _PIECE))
     return min(_MOST_WARPS, _REGISTERS // (pieces * _PIECE * device.warp))
 
@@ -37,7 +37,7 @@ def waves_of(made: Object, device: Device) -> int:
 def programs_of(made: Object, device: Device) -> int:
     """Programs that a unit holds at once, by registers and shared memory."""
     by_registers = _SIMDS * waves_of(made, device) // int(made.kernel.options["num_warps"])
-    shared = made.facts["shared_bytes"] + device.reserved_bytes
+    shared: int = made.facts["shared_bytes"] + device.reserved_bytes
     return min(by_registers, device.unit_bytes // shared) if shared else by_registers
 
 
