@@ -4,7 +4,7 @@
 #   make test       the default suite          make test-all   everything, slow tests too
 #   make check      lint, types, layering, C++ format           make format     rewrite to pass it
 #   make test-emu TINYGRAD_PATH=…   machine code of GPU kernels on tinygrad's emulator; TABLE=docs/gpu.md
-#   make verify-gpu TARGET=gfx942 BUDGET=60   on a machine with the device: every kernel, a model, speed
+#   make verify-gpu TARGET=gfx942 BUDGET=60 MODEL=smollm2   on a machine with the device: every kernel, models, speed
 #   make dist       wheel and sdist in dist/   make goldens    regenerate tests/goldens (needs torch)
 #   make setup      the development environment                make clean      remove what was made
 #   make bench      SmolLM2 against the peers that are installed, within the hour; resumable
@@ -140,8 +140,8 @@ test-emu: setup
 	TINYGRAD_PATH=$(abspath $(TINYGRAD_PATH)) EMULATOR_TABLE=$(TABLE) $(BIN)/python -m pytest -q tests/gpu/test_emulator.py --durations=0 $(PYTEST_ARGS)
 
 verify-gpu: setup
-	@test -n "$(TARGET)" || { echo "make: give TARGET=gfx942 or sm_90, and BUDGET in minutes" >&2; exit 1; }
-	$(BIN)/python scripts/verify_gpu.py --target $(TARGET) --budget $(or $(BUDGET),60)
+	@test -n "$(TARGET)" || { echo "make: give TARGET=gfx942 or sm_90, BUDGET in minutes and MODEL if you like" >&2; exit 1; }
+	$(BIN)/python scripts/verify_gpu.py --target $(TARGET) --budget $(or $(BUDGET),60) $(if $(MODEL),--model $(MODEL))
 
 soak: setup
 	SOAK_SECONDS=300 $(BIN)/python -m pytest -q -s tests/serve/load/test_soak.py

@@ -6,6 +6,10 @@ Every check is a process of its own with a time limit, so that one bad kernel do
     op          each launch of a step alone, inputs and what it must leave being the interpreter's:
                 of a trained model, with an fp8 KV cache too, and of one layer at real shapes
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
+    reference   the CPU's greedy answers and all of their logits, in bf16 and fp32: of the small
+                model, which is the trained one, and of the large one, --model
+    logits      the device's logits of the same tokens, of either model, eagerly or by graphs: KL
+                over the whole vocabulary, best tokens, where answers part (scripts/gpu_logits.py)
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
     tune        tiles of the two largest GEMMs and of attention at the real shape, as time allows
@@ -36,6 +40,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gpu_logits
 from gpu_device import MANY_SIZES, STEPS, Device
 from sinterlm import LLM, SamplingParams, __version__
 from sinterlm.artifact.bundle import Bundle
@@ -48,6 +53,7 @@ from sinterlm.compile import compile_model
 from sinterlm.frontend.named_configs import named_configs
 from sinterlm.options import CompileOptions
 from sinterlm.runtime.device_probe import Step, TimedLibrary, Train
+from sinterlm.runtime.model import Model
 from sinterlm.tune.catalogue import Sizes
 from sinterlm.tune.session import TuneOptions, tune
 from sinterlm.tune.tasks import WARMUP_US
@@ -119,6 +125,40 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": sum(map(len, found["cpu"][0])), "graph_launches": facts["graph_launches"]}
 
 
+def check_reference(args: argparse.Namespace) -> dict[str, Any]:
+    """The CPU's answers of the small or the large model, for ``check_logits``."""
+    size = args.check.split(":")[1]
+    wanted = gpu_logits.reference(checkpoint(args, size))
+    wanted.save(reference_path(args, size))
+    return {"model": Path(checkpoint(args, size)).name, **gpu_logits.facts_of(wanted)}
+
+
+def check_logits(args: argparse.Namespace) -> dict[str, Any]:
+    """The device's logits against the reference, by launches or, in a second round, by graphs."""
+    size, way = args.check.split(":")[1:]
+    wanted = gpu_logits.Reference.load(reference_path(args, size))
+    options = CompileOptions(checkpoint(args, size), target=args.target, max_model_len=320)
+    is_eager, steps = way == "eager", gpu_logits.ANSWER - 1
+    with Model(compile_model(options), num_threads=1, eager=is_eager,
+               **gpu_logits.sizes()) as model:  # fmt: skip
+        found = gpu_logits.forced_logits(model, wanted, rounds=1 if is_eager else 2)
+        replayed = model.describe()["graph_launches"]
+    assert replayed == 0 if is_eager else replayed >= steps, f"{replayed} steps were replayed"
+    return {"graph_launches": replayed, **gpu_logits.verdict(wanted, found)}
+
+
+def checkpoint(args: argparse.Namespace, size: str) -> str:
+    """The small or the large model."""
+    return str(TRAINED if size == "small" else args.model)
+
+
+def reference_path(args: argparse.Namespace, size: str) -> Path:
+    """Where its reference lies, in a folder that is not sent."""
+    folder: Path = args.output / "references"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{size}.npz"
+
+
 def check_invariance(args: argparse.Namespace) -> dict[str, Any]:
     """One request's tokens, alone and among others."""
     text = "The old man looked at"
@@ -137,7 +177,7 @@ def check_invariance(args: argparse.Namespace) -> dict[str, Any]:
 def check_speed(args: argparse.Namespace) -> dict[str, Any]:
     """Decode steps a second."""
     facts: dict[str, Any] = {}
-    with llm(args.target, args.model, kv_cache_memory_bytes=4 << 30) as model:
+    with llm(args.target, args.config, kv_cache_memory_bytes=4 << 30) as model:
         weights = model.bundle.manifest.weights
         assert weights is not None
         for size in (1, 8, 64, 128):
@@ -162,7 +202,7 @@ def check_tune(args: argparse.Namespace) -> dict[str, Any]:
         ops=("norm_gate_up_act", "down_residual", "attention"), sizes=Sizes(batch=(1, 16)),
         time_limit_s=0.8 * args.limit, output=args.output / f"tiles-{args.target}.json",
     )  # fmt: skip
-    options = CompileOptions(args.model, target=args.target, load_format="dummy")
+    options = CompileOptions(args.config, target=args.target, load_format="dummy")
     outcome = tune(options, wanted, LogProgress())
     rows = [{"kernel": row["task"], "start us": row["start_us"], "best us": row["us"],
              "tile": row["cut"]} for row in outcome.rows]  # fmt: skip
@@ -172,7 +212,7 @@ def check_tune(args: argparse.Namespace) -> dict[str, Any]:
 def check_vendor(args: argparse.Namespace) -> dict[str, Any]:
     """The vendor's GEMMs and their epilogues against the interpreter, and what they take."""
     errors: dict[str, Any] = {}
-    bundles = [bundle_of(args, model, vendor_gemm=True) for model in (str(TRAINED), args.model)]
+    bundles = [bundle_of(args, model, vendor_gemm=True) for model in (str(TRAINED), args.config)]
     for bundle in bundles:
         device = Device(bundle, **MANY_SIZES)
         for launch, wanted in enumerate(device.table.launches):
@@ -180,7 +220,7 @@ def check_vendor(args: argparse.Namespace) -> dict[str, Any]:
                 found = device.run_one(launch, "long")
                 errors[f"{bundle.manifest.model} {wanted.slot}"] = round(max(found.values()), 3)
         device.model.close()
-    return {"error / bound": errors, "us": vendor_times(bundle_of(args, args.model), bundles[-1])}
+    return {"error / bound": errors, "us": vendor_times(bundle_of(args, args.config), bundles[-1])}
 
 
 def vendor_times(ours: Bundle, vendor: Bundle) -> dict[str, dict[str, list[float]]]:
@@ -202,9 +242,9 @@ def vendor_times(ours: Bundle, vendor: Bundle) -> dict[str, dict[str, list[float
 
 def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
     """Stock vLLM and SinterLM inside it: scripts/vllm_ab.py."""
-    folder = args.output / args.model
+    folder = args.output / args.config
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(named_configs()[args.model]))
+    (folder / "config.json").write_text(json.dumps(named_configs()[args.config]))
     command = [sys.executable, ROOT / "scripts/vllm_ab.py", TRAINED, folder]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     (line,) = (text for text in done.stdout.splitlines() if text.startswith("result: "))
@@ -213,6 +253,7 @@ def check_vllm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 CHECKS = {"load": check_load, "op": check_op, "model": check_model,
+          "reference": check_reference, "logits": check_logits,
           "invariance": check_invariance, "speed": check_speed, "tune": check_tune,
           "vendor": check_vendor, "vllm": check_vllm}  # fmt: skip
 
@@ -241,7 +282,7 @@ def bundle_of(args: argparse.Namespace, model: str, vendor_gemm: bool = False) -
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Checks in the order of what they tell, with the seconds each may take."""
     yield "load", 600
-    for model in (str(TRAINED), args.model, FP8_KV):
+    for model in (str(TRAINED), args.config, FP8_KV):
         table, _ = read_archive(archive_of(bundle_of(args, model).library_path.read_bytes()))
         head = len(table.launches) - 3
         launches = [*range(6), head, head + 1, head + 2][: args.stop_after_op or None]
@@ -249,7 +290,11 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
             launches = [i for i in launches if table.launches[i].slot.startswith(PAGED)]
         for step in STEPS:
             yield from ((f"op:{model}:{step}:{launch}", 300) for launch in launches)
-    yield from (("model", 600), ("invariance", 600), ("speed", 1800), ("tune", 900))
+    yield "model", 600
+    for size, limit in (("small", 600), ("large", 1800)):
+        yield f"reference:{size}", limit
+        yield from ((f"logits:{size}:{way}", limit) for way in ("eager", "graphs"))
+    yield from (("invariance", 600), ("speed", 1800), ("tune", 900))
     if has_vendor_gemm(DEVICES[args.target].vendor):
         yield "vendor", 1800
     if importlib.util.find_spec("vllm") is not None:
@@ -269,8 +314,9 @@ def run(args: argparse.Namespace, check: str, limit: float) -> Result:
     """One check in a process of its own."""
     log = args.output / f"{check.replace('/', '_').replace(':', '-')}.log"
     began = time.monotonic()
-    command = [sys.executable, __file__, "--target", args.target, "--model", args.model,
-               "--output", args.output, "--check", check, "--limit", str(limit)]  # fmt: skip
+    command = [sys.executable, __file__, "--target", args.target, "--config", args.config,
+               "--model", args.model, "--output", args.output, "--check", check,
+               "--limit", str(limit)]  # fmt: skip
     with log.open("w") as out:
         try:
             code = subprocess.run(
@@ -319,8 +365,9 @@ def main() -> int:
     """0 when every check passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True, choices=sorted(DEVICES))
-    parser.add_argument("--model", default="qwq-32b", choices=sorted(named_configs()),
+    parser.add_argument("--config", default="qwq-32b", choices=sorted(named_configs()),
                         help="named config of the real shapes")  # fmt: skip
+    parser.add_argument("--model", default="smollm2", help="a checkpoint, the large model")
     parser.add_argument("--budget", type=float, default=60, help="minutes")
     parser.add_argument("--stop-after-op", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path)

@@ -21,6 +21,7 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
     from sinterlm.backends.gpu.launch import launch_table
     from sinterlm.backends.gpu.library import archive_of
     from sinterlm.backends.gpu.objects import read_archive
+    from sinterlm.backends.gpu.occupancy import programs_of
     from sinterlm.backends.gpu.tuning import MEASURED, read_tiles
 
     found: dict[int, dict[str, Any]] = {}
@@ -30,7 +31,12 @@ def launch_facts(subject: Subject) -> dict[str, Any]:
             table, objects = read_archive(archive_of(path.read_bytes()))
         except ValueError as exc:
             raise BundleError(f"{path}: {exc}; compile the model again") from exc
-        found = {o.kernel.id: {n: o.facts.get(n) for n in _SHOWN} for o in objects}
+        device = DEVICES[table.device]
+        found = {
+            o.kernel.id: {**{n: o.facts.get(n) for n in _SHOWN},
+                          "programs_per_unit": programs_of(o, device)}
+            for o in objects
+        }  # fmt: skip
     else:
         assert subject.plan is not None
         table = launch_table(subject.plan, DEVICES[subject.target], subject.tiles)

@@ -14,7 +14,7 @@ from pathlib import Path
 from sinterlm.artifact.manifest import ABI_VERSION
 from sinterlm.errors import BundleError, ResourceError, RuntimeFault, SinterError
 
-OPEN_HUGE_PAGES = 1
+OPEN_HUGE_PAGES, OPEN_EAGER = 1, 2
 STEP_SAMPLE, STEP_LOGITS, STEP_HIDDEN = 1, 2, 4
 
 SL_OK, SL_INVALID, SL_MISMATCH, SL_NO_MEMORY, SL_IO, SL_INTERNAL, SL_REDUCE = range(7)

@@ -54,11 +54,13 @@ class Model(Opened):
         max_model_len: int,
         num_slots: int = 0,
         link: RankLink | None = None,
+        eager: bool = False,
     ) -> None:
         """Open ``bundle``; the ``max_*`` size the arrays of one step.
 
         ``cpu_ids`` pins worker i to CPU cpu_ids[i]. ``link`` leads to the other ranks where the
-        bundle is one rank's part. Raises BundleError, ResourceError, RuntimeFault, UsageError.
+        bundle is one rank's part. ``eager``: a GPU replays no graphs; CPUs, which have none, refuse
+        it. Raises BundleError, ResourceError, RuntimeFault, UsageError.
         """
         if cpu_ids is not None and len(cpu_ids) != num_threads:
             raise UsageError(f"cpu_ids names {len(cpu_ids)} CPUs and num_threads={num_threads}")
@@ -66,7 +68,7 @@ class Model(Opened):
         weights = bundle.weights_path
         in_huge_pages = weights is not None and fits_copy(weights.stat().st_size)
         args = abi.OpenArgs(
-            flags=abi.OPEN_HUGE_PAGES if in_huge_pages else 0,
+            flags=(abi.OPEN_HUGE_PAGES if in_huge_pages else 0) | (abi.OPEN_EAGER if eager else 0),
             num_threads=num_threads,
             cpu_ids=None if cpus is None else cpus.ctypes.data,
         )

@@ -29,6 +29,7 @@ from typing import Any
 
 from sinterlm.artifact.memo import Memo, digest_json
 from sinterlm.backends.gpu.devices import DEVICES, Device
+from sinterlm.backends.gpu.occupancy import below_step
 from sinterlm.backends.gpu.signatures import SIGNATURES
 from sinterlm.backends.gpu.table import Kernel, Table
 from sinterlm.errors import CompileError
@@ -74,16 +75,17 @@ def compile_objects(
     """The checked code object of each kernel, from the cache where it has them.
 
     Raises CompileError where Triton is missing or fails, and where an object is not what a kernel
-    must be (see ``faults``).
+    must be (``faults``) or has not the occupancy that is intended (``below_step``).
     """
     objects = []
     for kernel, made in zip(
         kernels, compile_each(kernels, device, memo, processes), strict=True
     ):  # fmt: skip
-        if isinstance(made, str):
+        wrong = [made] if isinstance(made, str) else below_step(made, device)
+        if isinstance(made, str) or wrong:
             raise CompileError(
-                f"{kernel.name} for {device.name} is not usable: {made}; its tile is from "
-                f"{kernel.source!r}: give other --tiles, or report it if you gave none"
+                f"{kernel.name} for {device.name} is not usable: {'; '.join(wrong)}; its "
+                f"tile is from {kernel.source!r}: give other --tiles, or report it if you gave none"
             )
         objects.append(made)
     return objects
