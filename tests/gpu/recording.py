@@ -272,6 +272,7 @@ class RecordingDriver:
         if read.device != self.device.name:
             raise Fault(NO_BINARY, f"it is for {read.device}")
         ctypes.c_uint64.from_address(to).value = self._handle((read, known[0], {}))
+        self.bound.clear()  # of a model that was opened before
 
     def on_module_unload(self, module: int) -> None:
         del self.handles[module]

@@ -30,7 +30,7 @@ def waves_of(made: Object, device: Device) -> int:
     entry's ``waves_per_eu`` caps."""
     if device.vendor == "hip":
         return int(made.facts["occupancy"] or 0)
-    pieces = max(1, -(-made.facts["registers"] // _PIECE))
+    pieces: int = max(1, -(-made.facts["registers"] // _PIECE))
     return min(_MOST_WARPS, _REGISTERS // (pieces * _PIECE * device.warp))
 
 

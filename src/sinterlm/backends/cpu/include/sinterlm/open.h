@@ -12,6 +12,7 @@
 #include "sinterlm/attention.h"
 #include "sinterlm/cpu_check.h"
 #include "sinterlm/error.h"
+#include "sinterlm/matmul.h"
 #include "sinterlm/numa.h"
 #include "sinterlm/open_check.h"
 #include "sinterlm/sample.h"
@@ -65,7 +66,7 @@ inline sl_status check_open(const ModelSpec& spec, const sl_open_args& a) {
     return fail(SL_MISMATCH, "the library is built for %s and this CPU lacks %s", SL_ISA_NAME,
                 missing);
   return check_open_args({spec.layout_hash, spec.weights_bytes, spec.D, spec.num_layers,
-                          SL_OPEN_HUGE_PAGES, spec.num_ranks},
+                          SL_OPEN_HUGE_PAGES, spec.num_ranks, kMaxRows},
                          a);
 }
 

@@ -11,8 +11,9 @@ struct Compiled {
   uint64_t layout_hash;
   int64_t weights_bytes;
   int D, num_layers;
-  uint32_t flags;     // SL_OPEN_* that it knows
-  int num_ranks = 1;  // that share the model out
+  uint32_t flags;            // SL_OPEN_* that it knows
+  int num_ranks = 1;         // that share the model out
+  int max_tokens = 1 << 20;  // of a step, at most
 };
 
 inline sl_status check_abi(const sl_open_args& a) {
@@ -33,7 +34,7 @@ inline sl_status check_open_args(const Compiled& spec, const sl_open_args& a) {
     int32_t value, low, high;
   } ranges[] = {
       {"num_threads", a.num_threads, 1, 1024},
-      {"max_tokens", a.max_tokens, 1, kMaxRows},
+      {"max_tokens", a.max_tokens, 1, spec.max_tokens},
       {"max_seqs", a.max_seqs, 1, a.max_tokens},
       {"max_sample_rows", a.max_sample_rows, 1, a.max_tokens},
       {"max_model_len", a.max_model_len, 1, 1 << 24},
