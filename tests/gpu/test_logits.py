@@ -48,7 +48,7 @@ def test_a_reference_is_kept_as_it_is(logits: ModuleType, tmp_path: Path) -> Non
         (2e-3, slice(None), None),
         (0.5, slice(0, 20), "KL of prompts is beyond"),
         (0.5, slice(20, 29), "KL of answers is beyond"),
-        (2e-2, slice(None), "more than 3 times that of the CPU's bf16"),
+        (2e-2, slice(None), "more than 4 times that of the CPU's bf16"),
         (np.nan, slice(4, 5), "not finite|NaN"),
     ],
 )
@@ -80,7 +80,7 @@ def test_best_tokens_are_the_cpus(logits: ModuleType) -> None:
 
     facts = logits.verdict(wanted, other(range(22, 23), 1e-3))
     assert facts["answers that part, by the margin"] == [pytest.approx(1e-3, abs=1e-5)]
-    with pytest.raises(AssertionError, match="fewer than 98% of"):
+    with pytest.raises(AssertionError, match="fewer than 97% of"):
         logits.verdict(wanted, other(range(4), 1e-3))
     with pytest.raises(AssertionError, match="an answer parts where"):
         logits.verdict(wanted, other(range(22, 23), 0.12))
