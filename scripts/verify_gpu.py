@@ -3,21 +3,17 @@
 Every check is a process of its own with a time limit, so that one bad kernel does not end the hour:
 
     load        the driver takes every code object, those of an fp8 KV cache too
-    op          each launch of a step alone, inputs and what it must leave being the interpreter's:
-                of a trained model, with an fp8 KV cache too, and of one layer at real shapes
+    op          each launch of a step alone, its inputs and outputs being the interpreter's
     model       greedy tokens of the trained model, eagerly and by graphs, against the CPU's
-    reference   the CPU's greedy answers and all of their logits, in bf16 and fp32: of the small
-                model, which is the trained one, and of the large one, --model
-    logits      the device's logits of the same tokens, of either model, eagerly or by graphs: KL
-                over the whole vocabulary, best tokens, where answers part (scripts/gpu_logits.py)
+    reference   the CPU's answers and logits, of the small (trained) and the large model (--model)
+    logits      the device's logits of the same tokens, eagerly or by graphs (gpu_logits.py)
     invariance  one request alone and among up to 127 others
     speed       decode steps of the real shape at batch sizes 1, 8, 64, 128
     tune        tiles of the two largest GEMMs and of attention at the real shape, as time allows
-    vendor      where hipBLASLt or cuBLASLt is installed: each GEMM of a layer against its twin,
-                and its time beside our own kernel's at 256, 512 and 1024 rows
-    vllm        where vLLM is installed: SinterLM inside it against stock (scripts/vllm_ab.py)
+    vendor      each GEMM of a layer by hipBLASLt or cuBLASLt, against its twin and our own kernel
+    vllm        where vLLM is installed: SinterLM inside it against stock (vllm_ab.py)
 
-DIR gets report.md, results.json, clocks.log and a log of each check; DIR.tar.gz all of it to send.
+DIR gets report.md, results.json, clocks.log and each check's log; DIR.tar.gz all of it.
 """
 
 from __future__ import annotations
