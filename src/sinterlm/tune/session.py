@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class TuneOptions:
     """What is tuned, and for how long."""
 
     ops: tuple[str, ...] = ()  #: () = all GEMMs, and attention
-    sizes: Sizes = Sizes()  # noqa: RUF009
+    sizes: Sizes = field(default_factory=Sizes)
     time_limit_s: float = float("inf")
     max_candidates: int = 48  #: of each op and number of rows
     candidate_limit_s: float = 60.0  #: a candidate that takes longer has failed

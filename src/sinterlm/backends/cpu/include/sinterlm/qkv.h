@@ -138,6 +138,7 @@ void finish_head(const QkvArgs<E, C, F>& p, int index, int t, float* v, float rs
 template <class E, int D, class C, class F>
 void norm_qkv_rope_kv(Worker& w, const QkvArgs<E, C, F>& p) {
   static_assert(D % kLanes == 0, "head size must be a multiple of 16");
+  static_assert(size_t{kRowBlock} * D * sizeof(float) <= kSumsBytes, "sums reach into row_floats");
   const int heads = p.Hq + 2 * p.Hkv, rows = p.batch->num_tokens;
   const Cut cut(heads * D, rows, D, D, *w.team);
   const float* rstd = rstd_of_rows(w, p.ssq, rows, p.Hp, p.H, p.eps);
